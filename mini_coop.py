@@ -1,0 +1,697 @@
+"""mini-coop: Context Optimization for CLIP, the whole of it in one module.
+
+Zhou, Yang, Loy, Liu: *Learning to Prompt for Vision-Language Models*, IJCV 2022 (doi 10.1007/s11263-022-01653-1), "the paper"
+below. The words of a prompt ("a photo of a") become learnable vectors; CLIP itself stays frozen. Since the image encoder never
+changes, images are encoded once (`encode_images`) and training sees features only. Left out on purpose: checkpoint resuming
+inside a fit, validation during training (the paper tests the last step's context) and everything that is not CoOp.
+
+Shapes, in every comment: B images, K classes, M context vectors, L tokens of a prompt, D text width, E joint embedding;
+P tokens at the start of a prompt that all classes share, R tokens that are a class's own (L = P + R).
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import statistics
+import sys
+import time
+import warnings
+import zipfile
+from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import clip
+import torch
+import torch.nn.functional as F
+from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
+from PIL import Image
+from torchvision import transforms
+from tqdm.auto import tqdm
+
+DATA = Path(__file__).resolve().parent / "data"
+SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# Hand-written templates that the main job compares; the last four are the paper's for other data sets (its Table 6 has all).
+TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of a {}, a type of food.", "{} texture.",
+             "a centered satellite photo of {}."]
+
+
+# ---------------------------------------------------------------- CLIP, frozen
+
+def load_clip(name="mini", device=None):
+    """Loads a frozen CLIP in fp32.
+
+    name: "mini" (the small one in data/, which knows icons), a name of `clip.available_models()` (OpenAI's, downloaded to
+    ~/.cache/clip) or a path to a checkpoint: a state dict in OpenAI's layout, or a TorchScript archive as OpenAI ships.
+    device: "cuda", "cpu", ... ; None takes CUDA where there is one, else the CPU. ("mps" is accepted but was never tried.)
+    Returns (model, preprocess): the module in eval mode and the transform PIL image -> (3, n_px, n_px).
+    Raises ValueError for an unknown name or device and for a file that is no CLIP, RuntimeError if a download fails.
+    """
+    device = _device(device)
+    if name in clip.available_models():
+        try:
+            model, _ = clip.load(name, device="cpu")
+        except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong SHA-256 a RuntimeError
+            file = Path("~/.cache/clip").expanduser() / Path(_MODELS[name]).name
+            raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by hand: {file} "
+                               f"(from {_MODELS[name]}), or use 'mini', which needs no download") from error
+    else:
+        path = DATA / "mini_clip.pt" if name == "mini" else Path(name)
+        if not path.is_file():
+            raise ValueError(f"no CLIP called {str(name)!r}: neither 'mini', nor one of {', '.join(clip.available_models())}, nor a file")
+        try:
+            scripted = zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
+            state = torch.jit.load(path, "cpu").state_dict() if scripted else torch.load(path, "cpu", weights_only=True)
+            model = clip.model.build_model(dict(state))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged ({type(error).__name__}: "
+                             f"{str(error).strip().splitlines()[0] if str(error).strip() else ''})") from error
+    model = model.float().eval().requires_grad_(False).to(device)
+    return model, _transform(model.visual.input_resolution)
+
+
+def _device(device):
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here; "
+                         f"try 'cpu'{' or cuda' if torch.cuda.is_available() else ' (torch sees no CUDA)'}") from error
+    return device
+
+
+def _device_of(model):
+    return model.text_projection.device
+
+
+# ---------------------------------------------------------------- images and labels
+
+class Split(NamedTuple):
+    """Images (paths; inside an archive: archive.zip/name.png) and their labels, a list of class indices."""
+    images: list
+    labels: list
+
+
+class Dataset(NamedTuple):
+    """What load_dataset gives. `domains` are further test sets of the same classes, by name."""
+    name: str
+    classnames: list
+    template: str
+    train: Split
+    val: Split
+    test: Split
+    domains: dict
+
+
+def load_dataset(name_or_folder):
+    """Reads a data set; images are opened only when they are encoded.
+
+    name_or_folder: the name of a folder in data/, or the path of a folder that holds either dataset.json (the form is in
+    data/README.md) or one folder a class, `root/<class name>/*.jpg`, with or without `train/`, `val/`, `test/` above. Without
+    them each class's images are dealt 50 / 20 / 30 by a fixed seed, as the paper does where a data set has no splits.
+    Raises ValueError for an unknown name, a folder without images, and a dataset.json that is broken or names missing files.
+    """
+    known = sorted(p.parent.name for p in DATA.glob("*/dataset.json"))
+    folder = DATA / str(name_or_folder) if name_or_folder in known else Path(name_or_folder)
+    if not folder.is_dir():
+        raise ValueError(f"no data set {str(name_or_folder)!r}: neither a folder nor one of {', '.join(known)}")
+    if not (folder / "dataset.json").exists():
+        return _image_folder(folder)
+    try:
+        data = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        root, K = folder / data.get("images", "."), len(data["classnames"])
+        splits = {name: Split([root / image for image, _ in rows], [label for _, label in rows])
+                  for name, rows in [*data["splits"].items(), *data.get("domains", {}).items()]}
+        template = data["template"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'dataset.json'} is not in our form (data/README.md): {type(error).__name__} {error}") from error
+    inside = {root / name for name in zipfile.ZipFile(root).namelist()} if zipfile.is_zipfile(root) else None
+    for name, split in splits.items():
+        missing = [p for p in split.images if not (p in inside if inside is not None else p.is_file())]
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} of {len(split.images)} images of {name!r} are missing, first {missing[0]}")
+        if wrong := [label for label in split.labels if label not in range(K)]:
+            raise ValueError(f"{folder}: label {wrong[0]!r} in {name!r}, but there are {K} classes (0 to {K - 1})")
+    domains = {name: splits[name] for name in data.get("domains", {})}
+    return Dataset(folder.name, data["classnames"], template, *(splits.get(s, Split([], [])) for s in ("train", "val", "test")), domains)
+
+
+def _image_folder(root):
+    def images_of(folder):
+        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    parts = [s for s in ("train", "val", "test") if (root / s).is_dir()]
+    classes = sorted({d.name for top in ([root / s for s in parts] or [root]) for d in top.iterdir() if d.is_dir() and images_of(d)})
+    if not classes:
+        raise ValueError(f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, test/ above the class folders")
+    splits = {s: Split([], []) for s in ("train", "val", "test")}
+    for label, name in enumerate(classes):
+        if parts:
+            dealt = {s: images_of(root / s / name) for s in parts}
+        else:
+            images = images_of(root / name)
+            random.Random(0).shuffle(images)
+            a, b = math.ceil(0.5 * len(images)), math.ceil(0.7 * len(images))
+            dealt = {"train": images[:a], "val": images[a:b], "test": images[b:]}
+        for s, images in dealt.items():
+            splits[s].images.extend(images)
+            splits[s].labels.extend([label] * len(images))
+    return Dataset(root.resolve().name, classes, "a photo of a {}.", **splits, domains={})
+
+
+def few_shot(train_labels, shots, seed, val_labels=None):
+    """The published few-shot sample: `shots` images a class (all of them, with a warning, where there are fewer).
+
+    Returns indices into train_labels, or (train, val) indices if val_labels are given: min(shots, 4) validation images a class,
+    drawn after the training images from the same generator. Seeds 1, 2, 3 give the paper's own images on its own splits.
+    """
+    if shots < 1:
+        raise ValueError(f"shots must be 1 or more, not {shots}")
+    rng = random.Random(seed)
+
+    def draw(labels, shots):
+        members = {}  # in the order of first appearance, which the published sample depends on
+        for index, label in enumerate(torch.as_tensor(labels).tolist()):
+            members.setdefault(label, []).append(index)
+        if short := {k: len(m) for k, m in members.items() if len(m) < shots}:
+            warnings.warn(f"{len(short)} classes have fewer than {shots} images and give all they have (label: images): "
+                          f"{dict(list(short.items())[:5])}", stacklevel=3)
+        return [i for m in members.values() for i in (rng.sample(m, shots) if len(m) >= shots else m)]
+
+    train = draw(train_labels, shots)
+    return train if val_labels is None else (train, draw(val_labels, min(shots, 4)))
+
+
+@lru_cache(maxsize=16)
+def _archive(path, _process):
+    return zipfile.ZipFile(path)
+
+
+def open_image(image):
+    """A PIL image from a path, or from inside an archive (`images.zip/name.png`); a PIL image is returned as it is."""
+    if isinstance(image, Image.Image):
+        return image
+    path = Path(image)
+    if path.parent.suffix == ".zip":
+        return Image.open(_archive(path.parent, os.getpid()).open(path.name))
+    return Image.open(path)
+
+
+class _Views(torch.utils.data.Dataset):
+    """Image i -> (V, 3, n_px, n_px) and "" or, for an image that cannot be read, NaN and the reason."""
+
+    def __init__(self, images, transform, views, seed, n_px):
+        self.images, self.transform, self.views, self.seed, self.n_px = images, transform, views, seed, n_px
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        try:
+            image = open_image(self.images[i])
+            with torch.random.fork_rng(devices=[]):  # the same views whatever the batch size and the number of workers
+                torch.manual_seed((self.seed << 32) + i)
+                return torch.stack([self.transform(image) for _ in range(self.views)]), ""
+        except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+            return torch.full((self.views, 3, self.n_px, self.n_px), math.nan), f"{self.images[i]} ({error})"
+
+
+@torch.no_grad()
+def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, workers=None, progress=True):
+    """Unit-norm float32 image features on the model's device, (N, E); with views=V > 1 (N, V, E).
+
+    images: paths or PIL images. views=1 uses `preprocess` (the test transform); V > 1 draws V random resized crops and flips an
+    image, the paper's augmentation, once: the encoder is frozen, so training picks among them. workers: processes that read
+    images; by default none, except on Linux with more than two cores and thousands of images, where they pay.
+    An image that cannot be read is named in a warning and becomes a row of NaN; the others are not lost.
+    """
+    images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    n_px, device = model.visual.input_resolution, _device_of(model)
+    if not images or views < 1:
+        raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
+    transform = preprocess if views == 1 else transforms.Compose([
+        lambda image: image.convert("RGB"),
+        transforms.RandomResizedCrop(n_px, scale=(0.08, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), *preprocess.transforms[-2:]])  # the last two: to tensor, CLIP's mean and std
+    if workers is None:
+        workers = min(8, os.cpu_count()) if sys.platform == "linux" and os.cpu_count() > 2 and len(images) * views > 4000 else 0
+    loader = torch.utils.data.DataLoader(_Views(images, transform, views, seed, n_px), max(1, batch_size // views), num_workers=workers,
+                                         multiprocessing_context="fork" if workers else None, generator=torch.Generator())
+    features, unreadable = [], []
+    for pixels, reasons in tqdm(loader, desc="encoding images", disable=not progress, leave=False):
+        x = model.encode_image(pixels.flatten(0, 1).to(device)).float()  # (B * V, E)
+        features.append(F.normalize(x, dim=-1).unflatten(0, (-1, views)))
+        unreadable += [r for r in reasons if r]
+    if unreadable:
+        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of NaN: {'; '.join(unreadable[:3])}. "
+                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=2)
+    features = torch.cat(features)
+    return features[:, 0] if views == 1 else features
+
+
+# ---------------------------------------------------------------- the text side
+
+def encode_prompts(model, shared, rest, eot):
+    """CLIP's text encoder on token embeddings, computing what is needed and no more.
+
+    The text transformer is causal: a token sees only those before it. So what all classes share at the start of their prompts
+    has the same keys and values for each of them and is computed once, not K times; and nothing after a class's EOT counts.
+    shared: (P, D) embeddings of the tokens that all classes share; rest: (K, R, D) of each class's own; eot: (K,) position of
+    the EOT within `rest`. Returns (K, E) features, not normalised; exact, gradients too (tests hold it to the 77-token way).
+    """
+    P, (K, R, D) = len(shared), rest.shape
+    shared, rest = shared + model.positional_embedding[:P], rest + model.positional_embedding[P:P + R]
+    x = torch.cat([shared, rest.flatten(0, 1)])  # (P + K*R, D): the linear layers see each token once
+    sees = torch.ones(R, P + R, dtype=torch.bool, device=x.device).tril(P)  # own tokens see all shared ones, and own ones so far
+    for block in model.transformer.resblocks:
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)  # (P + K*R, 3D)
+        q, k, v = qkv.unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)  # each (heads, P + K*R, D / heads)
+        first = F.scaled_dot_product_attention(q[:, :P], k[:, :P], v[:, :P], is_causal=True)  # (heads, P, D / heads)
+        own = [t[:, P:].unflatten(1, (K, R)).transpose(0, 1) for t in (q, k, v)]  # each (K, heads, R, D / heads)
+        k, v = (torch.cat([t[:, :P].expand(K, -1, -1, -1), o], 2) for t, o in zip((k, v), own[1:]))  # (K, heads, P + R, D / heads)
+        second = F.scaled_dot_product_attention(own[0], k, v, attn_mask=sees)  # (K, heads, R, D / heads)
+        heads = torch.cat([first.transpose(0, 1).flatten(1), second.transpose(1, 2).reshape(K * R, D)])  # (P + K*R, D)
+        x = x + block.attn.out_proj(heads)
+        x = x + block.mlp(block.ln_2(x))
+    x = x[P:].unflatten(0, (K, R))[torch.arange(K, device=x.device), eot]  # (K, D)
+    return model.ln_final(x) @ model.text_projection
+
+
+def _clean(classnames):
+    """Class names as a prompt says them; the errors and the warning that belong to them."""
+    names = [str(name).replace("_", " ").strip() for name in classnames]
+    if not names or isinstance(classnames, str):
+        raise ValueError("classnames must be a list of class names" if names else "the list of class names is empty")
+    if "" in names:
+        raise ValueError(f"class {names.index('')} has an empty name ({classnames[names.index('')]!r})")
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        warnings.warn(f"classes of the same name cannot be told apart by their prompts: {', '.join(twice)}", stacklevel=3)
+    return names
+
+
+def _check_length(model, what, n_tokens):
+    if n_tokens + 2 > model.context_length:  # + SOS and EOT
+        raise ValueError(f"{what} makes a prompt of {n_tokens + 2} tokens, but CLIP reads {model.context_length}: shorten it")
+
+
+def _embed(model, rows):
+    """Token ids, a list a class -> embeddings (K, R, D), the lists padded at their end, where nothing is read."""
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # (K, R)
+    return model.token_embedding(padded.to(_device_of(model)))
+
+
+@torch.no_grad()
+def zero_shot_weights(model, classnames, templates):
+    """Zero-shot classifier (K, E), unit-norm, from one hand-written template ("a photo of a {}.") or an ensemble (a list).
+
+    Each template's features are normalised, averaged over templates and normalised again. Class k scores `image @ weights[k]`.
+    """
+    names, weights = _clean(classnames), 0
+    for template in [templates] if isinstance(templates, str) else templates:
+        if "{}" not in template:
+            raise ValueError(f"the template {template!r} has no {{}} for the class name")
+        rows = [_tokenizer.encode(template.replace("{}", name)) + [EOT] for name in names]
+        for name, row in zip(names, rows):
+            _check_length(model, repr(template.replace("{}", name)), len(row) - 1)
+        eot = torch.tensor([len(row) - 1 for row in rows], device=_device_of(model))
+        weights = weights + F.normalize(encode_prompts(model, _embed(model, [[SOS]])[0], _embed(model, rows), eot), dim=-1)
+    return F.normalize(weights, dim=-1)
+
+
+# ---------------------------------------------------------------- the linear probe
+
+def linear_probe(train, train_labels, val, val_labels):
+    """The paper's baseline: scikit-learn's logistic regression on image features (N, E), C searched on a validation set.
+
+    A coarse grid of C from 1e6 to 1e-6, then 8 steps that halve the range around the best in log space; returns the fitted
+    LogisticRegression of the last step (`.C` tells what was chosen, `.predict` and `.score` take NumPy features).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    train, train_labels, val, val_labels = (torch.as_tensor(t).cpu().numpy() for t in (train, train_labels, val, val_labels))
+
+    def accuracy(log_C):
+        classifier = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(train, train_labels)
+        return classifier.score(val, val_labels), classifier
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is the paper's
+        best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: accuracy(log_C)[0])  # the first of equals
+        low, high = best - 1, best + 1
+        for _ in range(8):
+            (at_low, low_fit), (at_high, high_fit), middle = accuracy(low), accuracy(high), (low + high) / 2
+            low, high, chosen = (middle, high, high_fit) if at_low < at_high else (low, middle, low_fit)
+    return chosen
+
+
+# ---------------------------------------------------------------- CoOp
+
+def learning_rate(epoch, epochs, lr=0.002):
+    """The paper's schedule: one epoch at 1e-5, then a cosine over `epochs` that is never finished (epoch 1 runs at `lr`)."""
+    return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+@contextmanager
+def _atomic(path):
+    """A binary file that appears under `path` only when it is whole."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fingerprint(model):
+    """Tells text encoders apart: a hash of the projection that every text feature passes."""
+    return hashlib.sha256(model.text_projection.detach().float().cpu().numpy().tobytes()).hexdigest()
+
+
+class CoOp(torch.nn.Module):
+    """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ." whose vectors V are learned.
+
+    model: a CLIP of load_clip, kept but not registered: `ctx` is the only parameter and all of the state dict.
+    classnames: K >= 2 names. n_ctx: M. class_specific: one context a class, ctx (K, M, D), instead of one for all, (M, D).
+    class_position: "end", "middle" or "front". ctx_init: words to start from ("a photo of a"), one vector a token, which
+    override n_ctx; without them the vectors are drawn from N(0, 0.02^2) by `seed`, which also orders the training.
+    Raises ValueError for bad class names, positions, lengths; warns of classes of the same name.
+    """
+
+    def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end", ctx_init=None, seed=0):
+        super().__init__()
+        names = _clean(classnames)
+        if len(names) < 2:
+            raise ValueError(f"there is one class only ({names[0]!r}): nothing to tell apart")
+        if class_position not in ("end", "middle", "front"):
+            raise ValueError(f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
+        words = _tokenizer.encode(ctx_init.replace("_", " ")) if ctx_init else []
+        M, K, D = len(words) or n_ctx, len(names), model.ln_final.weight.shape[0]
+        if not isinstance(M, int) or M < 1:
+            raise ValueError(f"n_ctx must be 1 or more, not {n_ctx!r}")
+        object.__setattr__(self, "clip_model", model)  # not registered: frozen, and no part of the state dict
+        self.classnames, self.n_ctx, self.class_specific, self.class_position = list(classnames), M, bool(class_specific), class_position
+        self.seed, self.history_ = seed, {"loss": [], "accuracy": [], "lr": []}
+
+        # Each prompt as places in a list of M context vectors followed by the class's own tokens: "name", ".", EOT.
+        tokens = [_tokenizer.encode(name + ".") + [EOT] for name in names]
+        n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]  # context vectors before the name
+        order = []
+        for name, row in zip(names, tokens):
+            _check_length(model, f"class {name!r} with {M} context vectors", M + len(row) - 1)
+            n_name = len(_tokenizer.encode(name))  # as published; "(...)" + "." may merge, then the period goes with the name
+            own = list(range(M, M + len(row)))
+            order.append([*range(n_before), *own[:n_name], *range(n_before, M), *own[n_name:]])  # (L - 1,)
+        self.n_shared = 0 if class_specific else n_before
+        order = [row[self.n_shared:] for row in order]
+        device = _device_of(model)
+        buffers = {"sos": _embed(model, [[SOS]])[0], "tokens": _embed(model, tokens),  # (1, D), (K, T, D)
+                   "order": torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in order], batch_first=True),  # (K, R)
+                   "eot": torch.tensor([len(row) - 1 for row in order])}  # (K,)
+        for name, value in buffers.items():
+            self.register_buffer(name, value.to(device), persistent=False)
+        if words:
+            ctx = _embed(model, [words])[0].clone()  # (M, D)
+            ctx = ctx.repeat(K, 1, 1) if class_specific else ctx
+        else:
+            ctx = 0.02 * torch.randn((K, M, D) if class_specific else (M, D), generator=torch.Generator().manual_seed(seed))
+        self.ctx = torch.nn.Parameter(ctx.to(device))
+
+    def text_features(self):
+        """Unit-norm text features of the prompts as they are now, (K, E); gradients reach `ctx`."""
+        K = len(self.tokens)
+        shared = torch.cat([self.sos, self.ctx[:self.n_shared]]) if self.n_shared else self.sos  # (P, D)
+        source = torch.cat([self.ctx.expand(K, -1, -1), self.tokens], 1)  # (K, M + T, D)
+        rest = source[torch.arange(K, device=self.order.device)[:, None], self.order]  # (K, R, D)
+        device = rest.device.type  # mixed precision where the device has bf16; context and optimiser stay fp32
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
+            features = encode_prompts(self.clip_model, shared, rest, self.eot)
+        return F.normalize(features.float(), dim=-1)
+
+    def forward(self, image_features):
+        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value."""
+        return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ self.text_features().T
+
+    def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
+        """Learns the context by the paper's recipe (section 4.1) and returns self; goes on from the context as it is.
+
+        image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image. labels: (N,) integers.
+        SGD, momentum 0.9, weight decay 5e-4, the schedule of `learning_rate`; a last short batch is dropped unless it is the
+        only one. epochs=None: 50 for 1 shot, 100 for up to 4, else 200 (the paper takes 50 on ImageNet always).
+        `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far.
+        """
+        features, labels = self._check(image_features, labels, views=True)
+        N = len(features)
+        if epochs is None:
+            shots = labels.bincount().max().item()
+            epochs = 50 if shots == 1 else 100 if shots <= 4 else 200
+        batch_size = min(batch_size, N)
+        optimizer = torch.optim.SGD([self.ctx], lr=lr, momentum=0.9, weight_decay=5e-4)
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
+        self.history_ = {"loss": [], "accuracy": [], "lr": []}
+        bar = tqdm(range(epochs), desc="learning the context", disable=not progress)
+        try:
+            for epoch in bar:
+                optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
+                order = torch.randperm(N, generator=generator).to(features.device)
+                epoch_features = features
+                if features.ndim == 3:
+                    view = torch.randint(features.shape[1], (N,), generator=generator).to(features.device)
+                    epoch_features = features[torch.arange(N, device=features.device), view]  # (N, E)
+                total_loss, total_right, steps = 0, 0, N // batch_size
+                for batch in order[:steps * batch_size].split(batch_size):
+                    logits = self(epoch_features[batch])  # (B, K)
+                    loss = F.cross_entropy(logits, labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    total_loss, total_right = total_loss + loss.detach(), total_right + (logits.argmax(1) == labels[batch]).sum()
+                self.history_["loss"].append(float(total_loss) / steps)
+                self.history_["accuracy"].append(100 * float(total_right) / (steps * batch_size))
+                self.history_["lr"].append(optimizer.param_groups[0]["lr"])
+                bar.set_postfix(loss=f"{self.history_['loss'][-1]:.3f}", refresh=False)
+        except KeyboardInterrupt:
+            print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
+        return self
+
+    def _check(self, features, labels=None, views=False):
+        """Features and labels on our device, or one clear error."""
+        device, E = self.ctx.device, self.clip_model.text_projection.shape[1]
+        features = torch.as_tensor(features).to(device, torch.float32)
+        if features.ndim not in ((2, 3) if views else (2,)) or features.shape[-1] != E or not len(features):
+            raise ValueError(f"image features must be (N, {E}){f' or (N, views, {E})' if views else ''}, not {tuple(features.shape)}: "
+                             "are they from encode_images with the same model?")
+        if not (finite := features.isfinite().flatten(1).all(1)).all():
+            raise ValueError(f"{int((~finite).sum())} of {len(features)} image features are NaN or infinite, first row "
+                             f"{int((~finite).nonzero()[0])} (an image that could not be read?)")
+        if labels is None:
+            return features
+        labels = torch.as_tensor(labels, device=device)
+        if labels.shape != (len(features),) or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels must be {len(features)} integers, one a feature, not {labels.dtype} {tuple(labels.shape)}")
+        if (wrong := labels[(labels < 0) | (labels >= len(self.tokens))]).numel():
+            raise ValueError(f"label {int(wrong[0])} is outside of the {len(self.tokens)} classes (0 to {len(self.tokens) - 1})")
+        return features, labels.long()
+
+    @torch.no_grad()
+    def predict_proba(self, image_features):
+        """Class probabilities (N, K) of image features (N, E)."""
+        return self(self._check(image_features)).softmax(1)
+
+    def predict(self, image_features):
+        """Class indices (N,) of image features (N, E)."""
+        return self.predict_proba(image_features).argmax(1)
+
+    def score(self, image_features, labels):
+        """Micro accuracy in [0, 1]: all images count alike."""
+        features, labels = self._check(image_features, labels)
+        return (self.predict(features) == labels).float().mean().item()
+
+    @torch.no_grad()
+    def nearest_words(self, k=3):
+        """The k nearest rows of CLIP's token embedding (Table 4 of the paper; Euclidean), always of the CLIP trained with.
+
+        Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such lists. Do not read much
+        into them: the paper could not, and neither can we.
+        """
+        embedding, result = self.clip_model.token_embedding.weight, []
+        for ctx in self.ctx.view(-1, self.n_ctx, self.ctx.shape[-1]):  # (M, D)
+            distances, ids = torch.cdist(ctx, embedding).topk(k, largest=False)  # (M, k)
+            result.append([[(_tokenizer.decode([i]).strip(), d) for d, i in zip(*pair)] for pair in zip(distances.tolist(), ids.tolist())])
+        return result if self.class_specific else result[0]
+
+    def save(self, path):
+        """Writes the context and what it needs (tens of kilobytes), whole or not at all."""
+        state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "classnames": [str(n) for n in self.classnames], "seed": self.seed,
+                 "class_specific": self.class_specific, "class_position": self.class_position, "text_encoder": _fingerprint(self.clip_model)}
+        with _atomic(path) as file:
+            torch.save(state, file)
+
+    @classmethod
+    def load(cls, path, model, classnames=None):
+        """Reads a saved context for the CLIP it was learned with; a unified one may be put before other class names."""
+        try:
+            state = torch.load(path, "cpu", weights_only=True)
+            if not isinstance(state, dict) or state.get("format") != "mini-coop 1":
+                raise ValueError("not written by CoOp.save")
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{path} holds no context of ours, or is damaged ({type(error).__name__}: {str(error).strip()[:200]})") from error
+        if state["text_encoder"] != _fingerprint(model):
+            raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
+        if state["class_specific"] and classnames is not None and list(classnames) != state["classnames"]:
+            raise ValueError(f"{path} is class-specific: it serves only the {len(state['classnames'])} classes that it was learned for")
+        coop = cls(model, state["classnames"] if classnames is None else classnames, state["ctx"].shape[-2], state["class_specific"],
+                   state["class_position"], seed=state["seed"])
+        coop.ctx.data.copy_(state["ctx"])
+        return coop
+
+
+# ---------------------------------------------------------------- the main job
+
+def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16, class_position="end", ctx_init=None, epochs=None, views=1):
+    """Zero-shot with every template, then every method x shots x seeds on one data set; learned contexts are saved in `folder`.
+
+    Returns {"zero_shot": {template: {split: %}}, "few_shot": {method: {shots: [{split: %} a seed]}}}; splits: test and the domains.
+    """
+    picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
+
+    def encode(split, indices, views=1):
+        """{index: features} of the images that can be read."""
+        features = encode_images(model, preprocess, [split.images[i] for i in indices], views) if indices else []
+        return {i: x for i, x in zip(indices, features) if x.isfinite().all()}
+
+    used_train, used_val = (sorted({i for pick in picks.values() for i in pick[part]}) for part in (0, 1))
+    train, val = encode(data.train, used_train), encode(data.val, used_val)
+    train_views = encode(data.train, used_train, views) if views > 1 else train
+    tests = {name: (split, encode(split, range(len(split.images)))) for name, split in {"test": data.test, **data.domains}.items()}
+
+    def gather(split, features, indices):
+        indices = [i for i in indices if i in features]
+        return torch.stack([features[i] for i in indices]), torch.tensor([split.labels[i] for i in indices])
+
+    tests = {name: gather(split, features, features) for name, (split, features) in tests.items()}
+
+    def accuracies(predict):
+        return {name: 100 * (predict(x).cpu() == y).float().mean().item() for name, (x, y) in tests.items()}
+
+    zero_shot, templates = {}, list(dict.fromkeys([data.template, *TEMPLATES]))
+    for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
+        weights = zero_shot_weights(model, data.classnames, template)
+        zero_shot[name] = accuracies(lambda x: (x @ weights.T).argmax(1))
+    results = {method: {n: [] for n in shots} for method in methods}
+    bar = tqdm([(pick, method) for pick in picks for method in methods], desc=data.name)
+    for (n, seed), method in bar:
+        bar.set_postfix_str(f"{method}, {n} shots, seed {seed}")
+        chosen, validation = picks[n, seed]
+        if method == "linear probe":
+            probe = linear_probe(*gather(data.train, train, chosen), *gather(data.val, val, validation))
+            results[method][n].append(accuracies(lambda x: torch.from_numpy(probe.predict(x.cpu().numpy()))))
+        else:
+            coop = CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
+            coop.fit(*gather(data.train, train_views, chosen), epochs, progress=False)
+            coop.save(folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}.pt")
+            results[method][n].append(accuracies(coop.predict))
+    return {"zero_shot": zero_shot, "few_shot": results}
+
+
+def mean_std(rows, split="test"):
+    """Mean and standard deviation over seeds of one split's accuracies."""
+    values = [row[split] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def report(result, template):
+    """The tables of the main job, as text."""
+    zero_shot, few = result["zero_shot"], result["few_shot"]
+    shots = list(next(iter(few.values())))
+    lines = [f"{'zero-shot, hand-written templates':40}  accuracy %"]
+    lines += [f"  {name + ('  <- declared' if name == template else ''):40}{row['test']:10.1f}" for name, row in zero_shot.items()]
+    lines += ["", f"{'few-shot, mean ± std over seeds; shots:':42}" + "".join(f"{n:>12}" for n in shots)]
+    lines += [f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[n])):>12}" for n in shots) for method, row in few.items()]
+    if domains := list(zero_shot[template])[1:]:
+        lines += ["", f"{f'domains, {max(shots)} shots:':42}" + "".join(f"{name:>12}" for name in domains)]
+        lines += [f"  {name:40}" + "".join(f"{zero_shot[name][d]:>12.1f}" for d in domains) for name in dict.fromkeys([template, "a photo of a {}."])]
+        lines += [f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[max(shots)], d)):>12}" for d in domains)
+                  for method, row in few.items()]
+    return "\n".join(lines)
+
+
+def figure(result, template, title, path):
+    """The paper's figure for one data set: test accuracy over shots, zero-shot as a star at 0; saved as PNG."""
+    from matplotlib.figure import Figure
+    fig = Figure((5.5, 4), layout="constrained")
+    ax, zero, ticks = fig.subplots(), result["zero_shot"][template]["test"], [0]
+    ax.axhline(zero, color="gray", linestyle=":", linewidth=1)
+    ax.plot(0, zero, "*", color="black", markersize=12, label=f"zero-shot, “{template}”")
+    for (method, row), color, style in zip(result["few_shot"].items(), ("#0072B2", "#D55E00", "#009E73"), ("s--", "o-", "^-.")):
+        means, spreads = zip(*(mean_std(rows) for rows in row.values()))
+        ax.errorbar(list(row), means, spreads, fmt=style, color=color, capsize=3, label=method)
+        ticks = [0, *row]
+    ax.set(title=title, xlabel="labelled images a class (shots)", ylabel="test accuracy, %", xticks=ticks)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    with _atomic(path) as file:
+        fig.savefig(file, format="png", dpi=110)
+
+
+def main(argv=None):
+    """Zero-shot, linear probe and CoOp, unified and class-specific, on few labels: tables, and under --out a figure, a JSON with
+    every figure and setting, and the learned contexts."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def positive(text):
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+        return int(text)
+
+    add = parser.add_argument
+    add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
+    add("--dataset", nargs="+", default=["styles"], help="folders of data/, or folders of images")
+    add("--shots", nargs="+", type=positive, default=[1, 2, 4, 8, 16], help="labelled images a class")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="each draws the images and the first context")
+    add("--n-ctx", type=positive, default=16, help="context vectors (M)")
+    add("--class-specific", choices=["yes", "no", "both"], default="both", help="one context a class, one for all, or each in turn")
+    add("--class-position", choices=["end", "middle", "front"], default="end", help="where the class name stands")
+    add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
+    add("--epochs", type=positive, help="by shots, as in the paper, if not given")
+    add("--views", type=positive, default=1, help="random crops a training image; 1: the plain image")
+    add("--device", help="CUDA where there is one, if not given")
+    add("--out", type=Path, default=Path("runs"), help="folder for what is saved")
+    args = parser.parse_args(argv)
+    try:
+        datasets = [load_dataset(name) for name in args.dataset]
+        model, preprocess = load_clip(args.model, args.device)
+        device = _device_of(model)
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        for data in datasets:
+            folder, start = args.out / f"{Path(args.model).stem}_{data.name}", time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
+            methods = ["linear probe"] * bool(data.val.images) + ["CoOp unified"] * (args.class_specific != "yes") + \
+                ["CoOp class-specific"] * (args.class_specific != "no")
+            result = experiment(model, preprocess, data, folder, args.shots, args.seeds, methods, args.n_ctx, args.class_position,
+                                args.ctx_init, args.epochs, args.views)
+            settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where, "torch": torch.__version__}
+            result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), "template": data.template, **result}
+            with _atomic(folder / "results.json") as file:
+                file.write(json.dumps(result, indent=1).encode())
+            figure(result, data.template, f"{data.name}, CLIP {args.model}", folder / "figure.png")
+            print(f"\n{report(result, data.template)}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Data sets, few-shot samples, image features; and the integrity of what is embedded."""
+import hashlib
+import json
+import random
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mini_coop
+from mini_coop import encode_images, few_shot, load_dataset, open_image
+
+TASKS = ["objects", "pixels", "styles", "designers", "actions"]
+PERMISSIVE = {"MIT", "ISC", "Apache-2.0", "CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "OFL-1.1", "BSD-3-Clause", "Unlicense"}
+
+
+def picture(path, colour=(200, 30, 30), size=(80, 70)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+# ---------------------------------------------------------------- few-shot samples
+
+def test_few_shot_by_hand():
+    """Worked by hand from the rule: classes in the order of first appearance, rng.sample for each, then validation."""
+    train, val = [7, 3, 7, 3, 7, 5, 5, 3, 5], [3, 7, 5, 3, 7, 5]
+    rng = random.Random(1)
+    expected_train = rng.sample([0, 2, 4], 2) + rng.sample([1, 3, 7], 2) + rng.sample([5, 6, 8], 2)  # classes 7, 3, 5
+    expected_val = rng.sample([0, 3], 2) + rng.sample([1, 4], 2) + rng.sample([2, 5], 2)  # classes 3, 7, 5
+    assert few_shot(train, 2, 1) == expected_train
+    assert few_shot(torch.tensor(train), 2, 1, np.array(val)) == (expected_train, expected_val)
+    assert expected_train == [0, 4, 3, 1, 6, 8]  # random.Random's sequence, fixed since Python 3.2
+
+
+def test_few_shot_validation_is_at_most_four():
+    train, val = few_shot([0] * 30 + [1] * 30, 16, 2, [0] * 9 + [1] * 9)
+    assert len(train) == 32 and len(val) == 8 and len(set(train)) == 32
+    assert len(few_shot([0] * 30 + [1] * 30, 2, 2, [0] * 9 + [1] * 9)[1]) == 4
+
+
+def test_few_shot_takes_what_there_is():
+    with pytest.warns(UserWarning, match=r"1 classes have fewer than 3 images.*\{1: 2\}"):
+        assert sorted(few_shot([0, 0, 0, 1, 1], 3, 1)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="shots must be 1 or more, not 0"):
+        few_shot([0, 1], 0, 1)
+
+
+# ---------------------------------------------------------------- folders and dataset.json
+
+def test_a_folder_of_class_folders(tmp_path):
+    for name, n in (("red cat", 10), ("blue_dog", 4)):
+        for i in range(n):
+            picture(tmp_path / name / f"{i}.JPG")
+    (tmp_path / "red cat" / "notes.txt").write_text("no image")
+    data = load_dataset(tmp_path)
+    assert data.classnames == ["blue_dog", "red cat"] and data.template == "a photo of a {}." and data.domains == {}
+    assert [data.train.labels.count(k) for k in (0, 1)] == [2, 5] and [data.val.labels.count(k) for k in (0, 1)] == [1, 2]
+    assert [data.test.labels.count(k) for k in (0, 1)] == [1, 3]
+    everything = data.train.images + data.val.images + data.test.images
+    assert len(set(everything)) == 14 and data.train == load_dataset(str(tmp_path)).train
+
+
+def test_a_folder_with_splits(tmp_path):
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        picture(tmp_path / split / name / "a.png")
+    data = load_dataset(tmp_path)
+    assert data.classnames == ["cat", "dog"] and data.train.labels == data.test.labels == [0, 1] and data.val.images == []
+
+
+def test_dataset_json_with_files_and_with_an_archive(tmp_path):
+    picture(tmp_path / "files/img/a.png")
+    picture(tmp_path / "files/img/b.png", (0, 0, 200))
+    spec = {"classnames": ["x", "y"], "template": "{}", "images": "img", "splits": {"train": [["a.png", 0]], "test": [["b.png", 1]]},
+            "domains": {"night": [["a.png", 0], ["b.png", 1]]}}
+    (tmp_path / "files/dataset.json").write_text(json.dumps(spec))
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped/img.zip", "w") as archive:
+        for name in ("a.png", "b.png"):
+            archive.write(tmp_path / "files/img" / name, name)
+    (tmp_path / "zipped/dataset.json").write_text(json.dumps({**spec, "images": "img.zip"}))
+    for folder in ("files", "zipped"):
+        data = load_dataset(tmp_path / folder)
+        assert open_image(data.test.images[0]).convert("RGB").getpixel((0, 0)) == (0, 0, 200)
+        assert data.val.images == [] and data.domains["night"].labels == [0, 1]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"splits": {"train": [["a.png", 0], ["gone.png", 0]]}}, "1 of 2 images of 'train' are missing, first .*gone.png"),
+    ({"splits": {"train": [["a.png", 2]]}}, "label 2 in 'train', but there are 2 classes"),
+    ({"splits": None}, "is not in our form"),
+    ({"classnames": None}, "is not in our form"),
+])
+def test_a_broken_dataset_json(tmp_path, change, message):
+    picture(tmp_path / "a.png")
+    spec = {"classnames": ["x", "y"], "template": "{}", "splits": {"train": [["a.png", 0]]}, **change}
+    (tmp_path / "dataset.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=message):
+        load_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps(spec)[:40])
+    with pytest.raises(ValueError, match="is not in our form"):
+        load_dataset(tmp_path)
+
+
+def test_unknown_and_empty_data_sets(tmp_path):
+    with pytest.raises(ValueError, match="no data set 'object': neither a folder nor one of .*objects"):
+        load_dataset("object")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match="holds no images: expected"):
+        load_dataset(tmp_path)
+
+
+# ---------------------------------------------------------------- image features
+
+def test_encode_images(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (90, 70, 3), dtype=np.uint8)) for _ in range(5)]
+    images[0].save(tmp_path / "0.png")
+    features = encode_images(*tiny, images, batch_size=2, progress=False)
+    own = tiny[0].encode_image(torch.stack([tiny[1](image) for image in images]))
+    assert torch.allclose(features, own / own.norm(dim=1, keepdim=True), atol=1e-5) and features.dtype == torch.float32
+    assert torch.allclose(encode_images(*tiny, [tmp_path / "0.png"], progress=False)[0], features[0], atol=1e-5)
+    assert encode_images(*tiny, str(tmp_path / "0.png"), progress=False).shape == (1, 32)
+
+
+def test_views_are_random_crops_that_do_not_depend_on_the_batches(tiny):
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (90, 70, 3), dtype=np.uint8)) for i in range(3)]
+    state = torch.get_rng_state()
+    views = encode_images(*tiny, images, views=4, progress=False)
+    assert views.shape == (3, 4, 32) and torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(views.norm(dim=-1), torch.ones(3, 4), atol=1e-5)
+    assert (views[0, 0] - views[0, 1]).abs().max() > 1e-4  # views differ
+    assert torch.allclose(views, encode_images(*tiny, images, views=4, batch_size=5, progress=False), atol=1e-5)
+    assert torch.allclose(views, encode_images(*tiny, images, views=4, workers=2, progress=False), atol=1e-5)
+    assert (views - encode_images(*tiny, images, views=4, seed=1, progress=False)).abs().max() > 1e-4
+
+
+def test_an_unreadable_image_is_named_and_the_rest_is_kept(tiny, tmp_path):
+    picture(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    files = [tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "good.png"]
+    with pytest.warns(UserWarning, match=r"1 of 3 images cannot be read.*bad.png"):
+        features = encode_images(*tiny, files, progress=False)
+    assert features.isfinite().all(1).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="no images to encode"):
+        encode_images(*tiny, [])
+
+
+# ---------------------------------------------------------------- what is embedded
+
+@pytest.mark.parametrize("task", [*TASKS, "outlines"])
+def test_embedded_tasks(task):
+    data = load_dataset(task)
+    K = len(data.classnames)
+    assert K == len(set(data.classnames)) and "{}" in data.template
+    least = {"train": 16, "val": 4, "test": 20} if task != "outlines" else {"train": 1, "val": 1, "test": 1}
+    for split, n in least.items():
+        labels = getattr(data, split).labels
+        assert min(labels.count(k) for k in range(K)) >= n, split
+    if task in ("objects", "outlines"):
+        assert K >= 30 and set(data.domains) == {"outline", "solid", "two-tone", "colour", "dark"}
+    for split in ("train", "val", "test"):
+        for image in getattr(data, split).images[:3]:
+            assert open_image(image).size == (64, 64)
+
+
+FAMILY = {"icon-park-outline": "icon-park", "icon-park-solid": "icon-park", "icon-park-twotone": "icon-park", "famicons": "ion",
+          "emojione-monotone": "emojione", "streamline-ultimate-color": "streamline-ultimate"}
+
+
+def sets_table():
+    rows = (mini_coop.DATA / "build/sets.tsv").read_text().splitlines()
+    return [dict(zip(rows[0].split("\t"), row.split("\t"))) for row in rows[1:]]
+
+
+@pytest.mark.parametrize("task", [*TASKS, "outlines"])
+def test_no_drawing_is_in_two_splits_and_none_was_seen_in_pretraining(task):
+    data = load_dataset(task)
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    names = {s: {image.name for image in split.images} for s, split in splits.items()}
+    names["domains"] = {image.name.replace("__dark", "") for split in data.domains.values() for image in split.images}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test"), ("train", "domains"), ("val", "domains")):
+        assert not names[a] & names[b]
+    held_out = {row["set"] for row in sets_table() if row["role"] == "held-out"}
+    assert {name.split("__")[0] for group in names.values() for name in group} <= held_out
+    archive = zipfile.ZipFile(data.train.images[0].parent)
+    pixels = {}
+    for name in archive.namelist():
+        rgb = np.asarray(Image.open(archive.open(name)).convert("RGB"))
+        pixels[name] = hashlib.sha256(rgb.tobytes()).digest()
+    if task != "pixels":  # at 10 x 10 pixels two drawings can look the same
+        of = {s: {pixels[name] for name in group if name in pixels} for s, group in names.items()}
+        assert not of["train"] & of["test"] and not of["train"] & of["val"] and not of["val"] & of["test"]
+    seen = {row.tobytes() for row in np.load(mini_coop.DATA / "build/pretraining_hashes.npy")}
+    assert not seen & {digest[:5] for digest in pixels.values()}
+
+
+def test_the_whole_fits_in_30_megabytes():
+    files = [mini_coop.DATA / "mini_clip.pt", *mini_coop.DATA.glob("*/dataset.json"), *mini_coop.DATA.glob("*/images.zip"),
+             mini_coop.DATA / "build/pretraining_hashes.npy"]
+    assert sum(file.stat().st_size for file in files) <= 30e6
+
+
+def test_the_card_names_every_set_with_a_licence():
+    card = (mini_coop.DATA / "README.md").read_text(encoding="utf-8")
+    for row in sets_table():
+        line = next(line for line in card.splitlines() if line.startswith(f"| {row['set']} | {row['version']} |"))
+        assert any(f"| {licence} |" in line for licence in PERMISSIVE), line
+
+
+def test_the_embedded_clip_is_the_same_model_in_every_way(mini):
+    """build_model reads it, fp16 on disk, and the shapes are the card's."""
+    state = torch.load(mini_coop.DATA / "mini_clip.pt", weights_only=True)
+    assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float16}
+    model = mini[0]
+    assert model.visual.input_resolution == 64 and model.context_length == 77 and model.text_projection.shape == (128, 256)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.to(state[name].dtype), state[name])
+
+
+def test_zero_shot_is_what_the_card_says(mini):
+    """The embedded CLIP knows the objects, and wording matters (the card's figures, with a margin)."""
+    data = load_dataset("objects")
+    features, labels = encode_images(*mini, data.test.images, progress=False), torch.tensor(data.test.labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = {t: 100 * ((features @ mini_coop.zero_shot_weights(mini[0], data.classnames, t).T).argmax(1) == labels).float().mean().item()
+                  for t in (data.template, *mini_coop.TEMPLATES)}
+    assert scores[data.template] > 78 and scores[data.template] - min(scores.values()) > 18
