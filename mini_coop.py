@@ -37,8 +37,8 @@ from tqdm.auto import tqdm
 DATA = Path(__file__).resolve().parent / "data"
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-# Hand-written templates that the main job compares; the last four are the paper's for other data sets (its Table 6 has all).
-TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of a {}, a type of food.", "{} texture.",
+# Hand-written templates that the main job compares beside a data set's own; the last four are the paper's, for other data sets.
+TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.", "{} texture.",
              "a centered satellite photo of {}."]
 
 
@@ -217,7 +217,7 @@ class _Views(torch.utils.data.Dataset):
         try:
             image = open_image(self.images[i])
             with torch.random.fork_rng(devices=[]):  # the same views whatever the batch size and the number of workers
-                torch.manual_seed((self.seed << 32) + i)
+                torch.manual_seed(random.Random(f"{self.seed} {i}").getrandbits(32))
                 return torch.stack([self.transform(image) for _ in range(self.views)]), ""
         except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
             return torch.full((self.views, 3, self.n_px, self.n_px), math.nan), f"{self.images[i]} ({error})"
@@ -519,7 +519,7 @@ class CoOp(torch.nn.Module):
 
     @torch.no_grad()
     def nearest_words(self, k=3):
-        """The k nearest rows of CLIP's token embedding (Table 4 of the paper; Euclidean), always of the CLIP trained with.
+        """The k nearest rows of CLIP's token embedding (the paper's interpretation; Euclidean), always of the CLIP trained with.
 
         Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such lists. Do not read much
         into them: the paper could not, and neither can we.

@@ -35,7 +35,7 @@ ACTIONS = {"add": "plus|add|new", "remove": "minus|remove|subtract", "confirm": 
            "cancel": "x|close|cross|cancel|times|xmark", "turn off": "off|slash|disabled", "search": "search|magnifier|magnifying glass",
            "lock": "lock|locked|secure", "like": "heart|like|favorite|love", "rate": "star|rating", "download": "download|arrow down",
            "warn": "warning|alert|exclamation|error"}
-TEMPLATES = {"objects": "an icon of a {}.", "pixels": "an icon of a {}.", "styles": "{} icon.", "designers": "an icon by {}.",
+TEMPLATES = {"objects": "an icon of a {}.", "pixels": "an icon of a {}.", "styles": "{} style.", "designers": "an icon by {}.",
              "actions": "an icon of {}."}
 SIZES = {"objects": (20, 4, 22), "styles": (24, 6, 40), "designers": (24, 6, 40), "actions": (24, 6, 30)}  # a class: train, val, test
 

@@ -6,6 +6,7 @@ The learning rate follows the time spent, so that a run ends when you say, on an
 minutes and taken up again by the same command. What is printed is also the training log: work/train.log.
 """
 import argparse
+import math
 import random
 import time
 from collections import Counter
@@ -192,7 +193,7 @@ def main():
     rng, losses, saved, budget = random.Random(step), [], spent, 60 * args.minutes
     while spent < budget:
         start = time.perf_counter()
-        lr = LR * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + np.cos(np.pi * spent / budget))
+        lr = LR * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * spent / budget))
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, captions, true = icons.batch(rng, BATCH)
@@ -225,7 +226,8 @@ def main():
     build_model(dict(state))  # refuses what OpenAI's code could not read
     torch.save(state, args.out.with_suffix(".tmp"))
     args.out.with_suffix(".tmp").replace(args.out)
-    np.save(HERE / "pretraining_hashes.npy", icons.hashes)
+    if not args.only:
+        np.save(HERE / "pretraining_hashes.npy", icons.hashes)
 
 
 if __name__ == "__main__":
