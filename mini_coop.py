@@ -658,7 +658,7 @@ def main(argv=None):
 
     add = parser.add_argument
     add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
-    add("--dataset", nargs="+", default=["styles"], help="folders of data/, or folders of images")
+    add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
     add("--shots", nargs="+", type=positive, default=[1, 2, 4, 8, 16], help="labelled images a class")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="each draws the images and the first context")
     add("--n-ctx", type=positive, default=16, help="context vectors (M)")

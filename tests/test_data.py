@@ -228,4 +228,5 @@ def test_zero_shot_is_what_the_card_says(mini):
         warnings.simplefilter("error")
         scores = {t: 100 * ((features @ mini_coop.zero_shot_weights(mini[0], data.classnames, t).T).argmax(1) == labels).float().mean().item()
                   for t in (data.template, *mini_coop.TEMPLATES)}
-    assert scores[data.template] > 78 and scores[data.template] - min(scores.values()) > 18
+    declared = scores[data.template]  # 80.3 on the card
+    assert declared > 79 and declared - scores["a photo of a {}."] > 30 and declared - min(scores.values()) > 55
