@@ -199,9 +199,8 @@ def open_image(image):
     if isinstance(image, Image.Image):
         return image
     path = Path(image)
-    if path.parent.suffix == ".zip":
-        return Image.open(_archive(path.parent, os.getpid()).open(path.name))
-    return Image.open(path)
+    archive = next((p for p in path.parents if p.suffix == ".zip"), None)
+    return Image.open(_archive(archive, os.getpid()).open(path.relative_to(archive).as_posix()) if archive else path)
 
 
 class _Views(torch.utils.data.Dataset):
@@ -448,7 +447,7 @@ class CoOp(torch.nn.Module):
         image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image. labels: (N,) integers.
         SGD, momentum 0.9, weight decay 5e-4, the schedule of `learning_rate`; a last short batch is dropped unless it is the
         only one. epochs=None: 50 for 1 shot, 100 for up to 4, else 200 (the paper takes 50 on ImageNet always).
-        `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far.
+        `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far and sets `interrupted_`.
         """
         features, labels = self._check(image_features, labels, views=True)
         N = len(features)
@@ -458,7 +457,7 @@ class CoOp(torch.nn.Module):
         batch_size = min(batch_size, N)
         optimizer = torch.optim.SGD([self.ctx], lr=lr, momentum=0.9, weight_decay=5e-4)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
-        self.history_ = {"loss": [], "accuracy": [], "lr": []}
+        self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
         bar = tqdm(range(epochs), desc="learning the context", disable=not progress)
         try:
             for epoch in bar:
@@ -481,13 +480,14 @@ class CoOp(torch.nn.Module):
                 self.history_["lr"].append(optimizer.param_groups[0]["lr"])
                 bar.set_postfix(loss=f"{self.history_['loss'][-1]:.3f}", refresh=False)
         except KeyboardInterrupt:
+            self.interrupted_ = True
             print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
         return self
 
     def _check(self, features, labels=None, views=False):
         """Features and labels on our device, or one clear error."""
         device, E = self.ctx.device, self.clip_model.text_projection.shape[1]
-        features = torch.as_tensor(features).to(device, torch.float32)
+        features = torch.as_tensor(features).detach().to(device, torch.float32)
         if features.ndim not in ((2, 3) if views else (2,)) or features.shape[-1] != E or not len(features):
             raise ValueError(f"image features must be (N, {E}){f' or (N, views, {E})' if views else ''}, not {tuple(features.shape)}: "
                              "are they from encode_images with the same model?")
@@ -544,17 +544,18 @@ class CoOp(torch.nn.Module):
             state = torch.load(path, "cpu", weights_only=True)
             if not isinstance(state, dict) or state.get("format") != "mini-coop 1":
                 raise ValueError("not written by CoOp.save")
+            names, ctx, specific = state["classnames"] if classnames is None else list(classnames), state["ctx"], state["class_specific"]
+            position, seed, text_encoder = state["class_position"], state["seed"], state["text_encoder"]
         except FileNotFoundError:
             raise
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
             raise ValueError(f"{path} holds no context of ours, or is damaged ({type(error).__name__}: {str(error).strip()[:200]})") from error
-        if state["text_encoder"] != _fingerprint(model):
+        if text_encoder != _fingerprint(model):
             raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
-        if state["class_specific"] and classnames is not None and list(classnames) != state["classnames"]:
+        if specific and names != state["classnames"]:
             raise ValueError(f"{path} is class-specific: it serves only the {len(state['classnames'])} classes that it was learned for")
-        coop = cls(model, state["classnames"] if classnames is None else classnames, state["ctx"].shape[-2], state["class_specific"],
-                   state["class_position"], seed=state["seed"])
-        coop.ctx.data.copy_(state["ctx"])
+        coop = cls(model, names, ctx.shape[-2], specific, position, seed=seed)
+        coop.ctx.data.copy_(ctx)
         return coop
 
 
@@ -565,6 +566,8 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
 
     Returns {"zero_shot": {template: {split: %}}, "few_shot": {method: {shots: [{split: %} a seed]}}}; splits: test and the domains.
     """
+    if not data.train.images or not data.test.images:
+        raise ValueError(f"{data.name} has no {'test' if data.train.images else 'training'} images: the comparison needs both")
     picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
 
     def encode(split, indices, views=1):
@@ -600,7 +603,8 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
             results[method][n].append(accuracies(lambda x: torch.from_numpy(probe.predict(x.cpu().numpy()))))
         else:
             coop = CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
-            coop.fit(*gather(data.train, train_views, chosen), epochs, progress=False)
+            if coop.fit(*gather(data.train, train_views, chosen), epochs, progress=False).interrupted_:
+                raise KeyboardInterrupt  # a half-learned context is no result
             coop.save(folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}.pt")
             results[method][n].append(accuracies(coop.predict))
     return {"zero_shot": zero_shot, "few_shot": results}
@@ -691,6 +695,8 @@ def main(argv=None):
             print(f"\n{report(result, data.template)}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; data sets that were finished are saved under {args.out}\n")
 
 
 if __name__ == "__main__":

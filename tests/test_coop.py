@@ -167,7 +167,7 @@ def test_ctrl_c_keeps_what_is_learned(tiny, monkeypatch, capsys):
     start = coop.ctx.detach().clone()
     coop.fit(*solvable(), epochs=9, progress=False)
     assert len(coop.history_["loss"]) == 3 and not torch.equal(coop.ctx, start)
-    assert "interrupted after 3 of 9 epochs" in capsys.readouterr().err
+    assert "interrupted after 3 of 9 epochs" in capsys.readouterr().err and coop.interrupted_
 
 
 def test_nearest_words_find_the_words_of_the_init(mini):
@@ -235,6 +235,9 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
         CoOp.load(path, tiny[0])
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="not written by CoOp.save"):
+        CoOp.load(path, tiny[0])
+    torch.save({"format": "mini-coop 1", "ctx": torch.zeros(4, 128)}, path)
+    with pytest.raises(ValueError, match="ctx.pt.*KeyError"):
         CoOp.load(path, tiny[0])
     with pytest.raises(FileNotFoundError):
         CoOp.load(tmp_path / "none.pt", tiny[0])

@@ -79,8 +79,9 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path):
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped/img.zip", "w") as archive:
         for name in ("a.png", "b.png"):
-            archive.write(tmp_path / "files/img" / name, name)
-    (tmp_path / "zipped/dataset.json").write_text(json.dumps({**spec, "images": "img.zip"}))
+            archive.write(tmp_path / "files/img" / name, f"sub/{name}")
+    zipped = json.dumps({**spec, "images": "img.zip"}).replace("a.png", "sub/a.png").replace("b.png", "sub/b.png")
+    (tmp_path / "zipped/dataset.json").write_text(zipped)
     for folder in ("files", "zipped"):
         data = load_dataset(tmp_path / folder)
         assert open_image(data.test.images[0]).convert("RGB").getpixel((0, 0)) == (0, 0, 200)

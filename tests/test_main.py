@@ -52,6 +52,25 @@ def test_own_folder_with_an_unreadable_image_and_views(tmp_path, capsys):
     assert "photos: 2 classes" in out and "class-specific" not in out and (tmp_path / "out/mini_photos/results.json").exists()
 
 
+def test_ctrl_c_writes_no_half_result(tmp_path, capsys, monkeypatch):
+    def interrupt(epoch, epochs, lr):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(mini_coop, "learning_rate", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        mini_coop.main(["--dataset", "styles", "--shots", "1", "--seeds", "1", "--class-specific", "no", "--device", "cpu", "--out", str(tmp_path)])
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_folder_without_test_images(tmp_path, capsys):
+    for name in ("red", "blue"):
+        (tmp_path / "photos/train" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), name).save(tmp_path / "photos/train" / name / "a.png")
+    with pytest.raises(SystemExit):
+        mini_coop.main(["--dataset", str(tmp_path / "photos"), "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert "photos has no test images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, message", [
     ("--dataset nowhere", "no data set 'nowhere': neither a folder nor one of actions, designers, objects"),
     ("--model RN5", "neither 'mini', nor one of RN50"),
