@@ -6,10 +6,12 @@ changes, images are encoded once (`encode_images`) and training sees features on
 inside a fit, validation during training (the paper tests the last step's context) and everything that is not CoOp.
 
 Shapes, in every comment: B images, K classes, M context vectors, L tokens of a prompt, D text width, E joint embedding;
-P tokens at the start of a prompt that all classes share, R tokens that are a class's own (L = P + R).
+P tokens at the start of a prompt that all classes share, at most R tokens that are a class's own, N of all classes together.
 """
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +24,6 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,13 @@ import torch
 import torch.nn.functional as F
 from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 from tqdm.auto import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
+TOKENS_AT_ONCE = 6000  # of the classes' own tokens; beyond, they are encoded in chunks: less memory, a third more time
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # Hand-written templates that the main job compares beside a data set's own; the last four are the paper's, for other data sets.
 TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.", "{} texture.",
@@ -189,7 +192,7 @@ def few_shot(train_labels, shots, seed, val_labels=None):
     return train if val_labels is None else (train, draw(val_labels, min(shots, 4)))
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def _archive(path, _process):
     return zipfile.ZipFile(path)
 
@@ -257,30 +260,43 @@ def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, wo
 
 # ---------------------------------------------------------------- the text side
 
-def encode_prompts(model, shared, rest, eot):
+def encode_prompts(model, shared, rest, place, where):
     """CLIP's text encoder on token embeddings, computing what is needed and no more.
 
     The text transformer is causal: a token sees only those before it. So what all classes share at the start of their prompts
     has the same keys and values for each of them and is computed once, not K times; and nothing after a class's EOT counts.
-    shared: (P, D) embeddings of the tokens that all classes share; rest: (K, R, D) of each class's own; eot: (K,) position of
-    the EOT within `rest`. Returns (K, E) features, not normalised; exact, gradients too (tests hold it to the 77-token way).
+    shared: (P, D) embeddings of the tokens that all classes share; rest: (N, D) of each class's own, up to its EOT, one class
+    after another; place, where: their layout, from `_layout`. The linear layers see the N tokens, only attention sees them
+    padded to (K, R). Returns (K, E) features, not normalised; exact, gradients too (tests hold it to the 77-token way).
     """
-    P, (K, R, D) = len(shared), rest.shape
-    shared, rest = shared + model.positional_embedding[:P], rest + model.positional_embedding[P:P + R]
-    x = torch.cat([shared, rest.flatten(0, 1)])  # (P + K*R, D): the linear layers see each token once
-    sees = torch.ones(R, P + R, dtype=torch.bool, device=x.device).tril(P)  # own tokens see all shared ones, and own ones so far
+    P, D, (K, R) = len(shared), shared.shape[1], place.shape
+    x = torch.cat([shared + model.positional_embedding[:P], rest + model.positional_embedding[P + where % R]])  # (P + N, D)
+    future = torch.full((R, R), -math.inf, device=x.device).triu(1)
     for block in model.transformer.resblocks:
-        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)  # (P + K*R, 3D)
-        q, k, v = qkv.unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)  # each (heads, P + K*R, D / heads)
-        first = F.scaled_dot_product_attention(q[:, :P], k[:, :P], v[:, :P], is_causal=True)  # (heads, P, D / heads)
-        own = [t[:, P:].unflatten(1, (K, R)).transpose(0, 1) for t in (q, k, v)]  # each (K, heads, R, D / heads)
-        k, v = (torch.cat([t[:, :P].expand(K, -1, -1, -1), o], 2) for t, o in zip((k, v), own[1:]))  # (K, heads, P + R, D / heads)
-        second = F.scaled_dot_product_attention(own[0], k, v, attn_mask=sees)  # (K, heads, R, D / heads)
-        heads = torch.cat([first.transpose(0, 1).flatten(1), second.transpose(1, 2).reshape(K * R, D)])  # (P + K*R, D)
-        x = x + block.attn.out_proj(heads)
+        heads = block.attn.num_heads
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).unflatten(1, (3, heads, -1))
+        q, k, v = qkv[:P].permute(1, 2, 0, 3)  # of the shared tokens: (heads, P, D / heads) each
+        first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        own_q, own_k, own_v = qkv[P:].index_select(0, place.flatten()).permute(1, 2, 0, 3).unflatten(2, (K, R))  # (heads, K, R, D / heads)
+        own_q = own_q / own_q.shape[-1] ** 0.5
+        to_shared = own_q.flatten(1, 2) @ k.mT  # (heads, K * R, P)
+        to_own = own_q @ own_k.mT + future  # (heads, K, R, R): what pads a class stands after its EOT, so it is never seen
+        weights = torch.cat([to_shared, to_own.flatten(1, 2)], 2).softmax(2)  # (heads, K * R, P + R)
+        second = weights[..., :P] @ v + (weights[..., P:].unflatten(1, (K, R)) @ own_v).flatten(1, 2)  # (heads, K * R, D / heads)
+        seen = torch.cat([first, second.index_select(1, where)], 1).transpose(0, 1).flatten(1)  # (P + N, D)
+        if block is model.transformer.resblocks[-1]:  # only the EOTs, a class's last tokens, are read: 15 % of the mini-CLIP's step
+            x, seen = x[P + place[:, -1]], seen[P + place[:, -1]]  # (K, D)
+        x = x + block.attn.out_proj(seen)
         x = x + block.mlp(block.ln_2(x))
-    x = x[P:].unflatten(0, (K, R))[torch.arange(K, device=x.device), eot]  # (K, D)
     return model.ln_final(x) @ model.text_projection
+
+
+def _layout(lengths, device):
+    """K runs of tokens, one after another -> place (K, R), the token at each place of a padded table (a run's last repeated to
+    the longest, R), and where (N,), the place in that table, flattened, of each token."""
+    R, starts = max(lengths), [0, *itertools.accumulate(lengths)]
+    place = [[start + min(r, n - 1) for r in range(R)] for start, n in zip(starts, lengths)]
+    return torch.tensor(place, device=device), torch.tensor([k * R + r for k, n in enumerate(lengths) for r in range(n)], device=device)
 
 
 def _clean(classnames):
@@ -300,10 +316,9 @@ def _check_length(model, what, n_tokens):
         raise ValueError(f"{what} makes a prompt of {n_tokens + 2} tokens, but CLIP reads {model.context_length}: shorten it")
 
 
-def _embed(model, rows):
-    """Token ids, a list a class -> embeddings (K, R, D), the lists padded at their end, where nothing is read."""
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # (K, R)
-    return model.token_embedding(padded.to(_device_of(model)))
+def _embed(model, tokens):
+    """Token ids, a list -> their embeddings (N, D)."""
+    return model.token_embedding(torch.tensor(tokens, device=_device_of(model)))
 
 
 @torch.no_grad()
@@ -319,8 +334,8 @@ def zero_shot_weights(model, classnames, templates):
         rows = [_tokenizer.encode(template.replace("{}", name)) + [EOT] for name in names]
         for name, row in zip(names, rows):
             _check_length(model, repr(template.replace("{}", name)), len(row) - 1)
-        eot = torch.tensor([len(row) - 1 for row in rows], device=_device_of(model))
-        weights = weights + F.normalize(encode_prompts(model, _embed(model, [[SOS]])[0], _embed(model, rows), eot), dim=-1)
+        layout = _layout([len(row) for row in rows], _device_of(model))
+        weights = weights + F.normalize(encode_prompts(model, _embed(model, [SOS]), _embed(model, sum(rows, [])), *layout), dim=-1)
     return F.normalize(weights, dim=-1)
 
 
@@ -402,25 +417,25 @@ class CoOp(torch.nn.Module):
         self.classnames, self.n_ctx, self.class_specific, self.class_position = list(classnames), M, bool(class_specific), class_position
         self.seed, self.history_ = seed, {"loss": [], "accuracy": [], "lr": []}
 
-        # Each prompt as places in a list of M context vectors followed by the class's own tokens: "name", ".", EOT.
+        # Each prompt is a list of places in `source`: the context vectors, then the tokens of all names, "name", ".", EOT each.
         tokens = [_tokenizer.encode(name + ".") + [EOT] for name in names]
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]  # context vectors before the name
-        order = []
-        for name, row in zip(names, tokens):
+        self.n_shared, order, start = 0 if class_specific else n_before, [], K * M if class_specific else M
+        for k, (name, row) in enumerate(zip(names, tokens)):
             _check_length(model, f"class {name!r} with {M} context vectors", M + len(row) - 1)
             n_name = len(_tokenizer.encode(name))  # as published; "(...)" + "." may merge, then the period goes with the name
-            own = list(range(M, M + len(row)))
-            order.append([*range(n_before), *own[:n_name], *range(n_before, M), *own[n_name:]])  # (L - 1,)
-        self.n_shared = 0 if class_specific else n_before
-        order = [row[self.n_shared:] for row in order]
-        device = _device_of(model)
-        buffers = {"sos": _embed(model, [[SOS]])[0], "tokens": _embed(model, tokens),  # (1, D), (K, T, D)
-                   "order": torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in order], batch_first=True),  # (K, R)
-                   "eot": torch.tensor([len(row) - 1 for row in order])}  # (K,)
-        for name, value in buffers.items():
-            self.register_buffer(name, value.to(device), persistent=False)
+            own, ctx = range(start, start + len(row)), range(k * M, k * M + M) if class_specific else range(M)
+            order.append([*ctx[self.n_shared:n_before], *own[:n_name], *ctx[n_before:], *own[n_name:]])
+            start += len(row)
+        device, self._chunks, chunk = _device_of(model), [], []
+        for k, row in enumerate(order):  # as many classes at a time as TOKENS_AT_ONCE allows
+            chunk.append(row)
+            if k + 1 == K or sum(map(len, chunk)) + len(order[k + 1]) > TOKENS_AT_ONCE:
+                self._chunks.append((torch.tensor(sum(chunk, []), device=device), *_layout([len(row) for row in chunk], device)))
+                chunk = []
+        self._sos, self._tokens = _embed(model, [SOS]), _embed(model, sum(tokens, []))  # (1, D), (all names' tokens, D)
         if words:
-            ctx = _embed(model, [words])[0].clone()  # (M, D)
+            ctx = _embed(model, words)  # (M, D)
             ctx = ctx.repeat(K, 1, 1) if class_specific else ctx
         else:
             ctx = 0.02 * torch.randn((K, M, D) if class_specific else (M, D), generator=torch.Generator().manual_seed(seed))
@@ -428,14 +443,15 @@ class CoOp(torch.nn.Module):
 
     def text_features(self):
         """Unit-norm text features of the prompts as they are now, (K, E); gradients reach `ctx`."""
-        K = len(self.tokens)
-        shared = torch.cat([self.sos, self.ctx[:self.n_shared]]) if self.n_shared else self.sos  # (P, D)
-        source = torch.cat([self.ctx.expand(K, -1, -1), self.tokens], 1)  # (K, M + T, D)
-        rest = source[torch.arange(K, device=self.order.device)[:, None], self.order]  # (K, R, D)
-        device = rest.device.type  # mixed precision where the device has bf16; context and optimiser stay fp32
+        shared = torch.cat([self._sos, self.ctx[:self.n_shared]]) if self.n_shared else self._sos  # (P, D)
+        source = torch.cat([self.ctx.flatten(0, -2), self._tokens])
+        device, run = source.device.type, encode_prompts
+        if len(self._chunks) > 1:  # many classes: keep no chunk's activations, compute them again in the backward pass
+            run = functools.partial(checkpoint, encode_prompts, use_reentrant=False)
+        # mixed precision where the device has bf16; context and optimiser stay fp32
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
-            features = encode_prompts(self.clip_model, shared, rest, self.eot)
-        return F.normalize(features.float(), dim=-1)
+            features = [run(self.clip_model, shared, source.index_select(0, rows), *layout) for rows, *layout in self._chunks]
+        return F.normalize(torch.cat(features).float(), dim=-1)
 
     def forward(self, image_features):
         """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value."""
@@ -499,8 +515,8 @@ class CoOp(torch.nn.Module):
         labels = torch.as_tensor(labels, device=device)
         if labels.shape != (len(features),) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"labels must be {len(features)} integers, one a feature, not {labels.dtype} {tuple(labels.shape)}")
-        if (wrong := labels[(labels < 0) | (labels >= len(self.tokens))]).numel():
-            raise ValueError(f"label {int(wrong[0])} is outside of the {len(self.tokens)} classes (0 to {len(self.tokens) - 1})")
+        if (wrong := labels[(labels < 0) | (labels >= len(self.classnames))]).numel():
+            raise ValueError(f"label {int(wrong[0])} is outside of the {len(self.classnames)} classes (0 to {len(self.classnames) - 1})")
         return features, labels.long()
 
     @torch.no_grad()
@@ -663,7 +679,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
     add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
-    add("--shots", nargs="+", type=positive, default=[1, 2, 4, 8, 16], help="labelled images a class")
+    add("--shots", nargs="+", type=positive, default=[1, 2, 4, 16], help="labelled images a class")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="each draws the images and the first context")
     add("--n-ctx", type=positive, default=16, help="context vectors (M)")
     add("--class-specific", choices=["yes", "no", "both"], default="both", help="one context a class, one for all, or each in turn")

@@ -38,14 +38,17 @@ def naive_logits(coop, image_features):
     return model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-@pytest.mark.parametrize("ctx_init", [None, "a photo of a", "a drawing of a"])
+@pytest.mark.parametrize("at_once", [6000, 30])  # all classes together; in chunks
+@pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
 @pytest.mark.parametrize("class_specific", [False, True])
-def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init):
+def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init, at_once, monkeypatch):
+    monkeypatch.setattr(mini_coop, "TOKENS_AT_ONCE", at_once)
     init = ctx_init if n_ctx == 4 or not ctx_init else ctx_init + " big"  # even and odd M for words too
     coop = CoOp(tiny[0], NAMES, n_ctx, class_specific, class_position, init, seed=3)
     assert coop.n_ctx == n_ctx and coop.ctx.shape == ((5, n_ctx, 128) if class_specific else (n_ctx, 128))
+    assert (len(coop._chunks) > 1) == (at_once == 30)
     images, labels = torch.randn(7, 32), torch.tensor([0, 1, 2, 3, 4, 1, 2])
     results = []
     for logits in (coop(images), naive_logits(coop, images)):
@@ -124,19 +127,20 @@ class mini_coop_bar(list):
 
 def test_the_recipe_by_hand(tiny):
     """Two epochs rebuilt with plain torch: batches of 4 of 10, the short last one dropped, SGD with momentum and weight decay."""
-    features, labels = torch.randn(10, 32), torch.arange(10) % 3
+    features, labels = torch.randn(10, 32, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
     coop = CoOp(tiny[0], ["cat", "dog", "ox"], 3, seed=5)
+    coop.ctx.data *= 50  # vectors and a learning rate so large that the weight decay shows: leaving it out moves ctx by 9e-3
     ctx, velocity = coop.ctx.detach().clone(), 0
-    coop.fit(features, labels, epochs=2, lr=10.0, batch_size=4, progress=False)  # so large that the weight decay shows
+    coop.fit(features, labels, epochs=2, lr=1.0, batch_size=4, progress=False)
     other, generator = CoOp(tiny[0], ["cat", "dog", "ox"], 3), torch.Generator().manual_seed(5)
-    for lr in (1e-5, 10.0):
+    for lr in (1e-5, 1.0):
         order = torch.randperm(10, generator=generator)
         for batch in (order[:4], order[4:8]):
             other.ctx.data = ctx
             gradient, = torch.autograd.grad(F.cross_entropy(other(features[batch]), labels[batch]), other.ctx)
             velocity = 0.9 * velocity + gradient + 5e-4 * ctx
             ctx = ctx - lr * velocity
-    assert torch.allclose(coop.ctx, ctx, atol=2e-5, rtol=0)
+    assert torch.allclose(coop.ctx, ctx, atol=1e-4, rtol=0)  # rounding: 3e-7
 
 
 def test_views_are_drawn_per_epoch(tiny):
