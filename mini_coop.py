@@ -27,16 +27,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import clip
 import torch
 import torch.nn.functional as F
-from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 from tqdm.auto import tqdm
 
+with warnings.catch_warnings():  # the registry's copy imports pkg_resources, which warns of its own end
+    warnings.simplefilter("ignore")
+    import clip
+    from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
+
 DATA = Path(__file__).resolve().parent / "data"
+SHARED = Path(os.environ["MINI_COOP_ROOT"]) if os.environ.get("MINI_COOP_ROOT") else None  # a lab's folder: clip/*.pt, <data set>/
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
 TOKENS_AT_ONCE = 6000  # of the classes' own tokens; beyond, they are encoded in chunks: less memory, a third more time
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -45,23 +49,46 @@ TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a typ
              "a centered satellite photo of {}."]
 
 
+@contextmanager
+def _atomic(path):
+    """A binary file that appears under `path` only when it is whole."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fingerprint(tensors):
+    """Tells frozen weights apart, on any device: a hash of all values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- CLIP, frozen
 
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP in fp32.
 
-    name: "mini" (the small one in data/, which knows icons), a name of `clip.available_models()` (OpenAI's, downloaded to
-    ~/.cache/clip) or a path to a checkpoint: a state dict in OpenAI's layout, or a TorchScript archive as OpenAI ships.
+    name: "mini" (the small one in data/, which knows icons), a name of `clip.available_models()` (OpenAI's, looked for in
+    $MINI_COOP_ROOT/clip, else downloaded to ~/.cache/clip) or a path to a checkpoint: a state dict in OpenAI's layout, or a TorchScript archive as OpenAI ships.
     device: "cuda", "cpu", ... ; None takes CUDA where there is one, else the CPU. ("mps" is accepted but was never tried.)
     Returns (model, preprocess): the module in eval mode and the transform PIL image -> (3, n_px, n_px).
     Raises ValueError for an unknown name or device and for a file that is no CLIP, RuntimeError if a download fails.
     """
     device = _device(device)
     if name in clip.available_models():
+        file = weights_file(name)
         try:
-            model, _ = clip.load(name, device="cpu")
+            model, _ = clip.load(name, device="cpu", download_root=str(file.parent))  # checks the SHA-256
         except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong SHA-256 a RuntimeError
-            file = Path("~/.cache/clip").expanduser() / Path(_MODELS[name]).name
             raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by hand: {file} "
                                f"(from {_MODELS[name]}), or use 'mini', which needs no download") from error
     else:
@@ -77,6 +104,13 @@ def load_clip(name="mini", device=None):
                              f"{str(error).strip().splitlines()[0] if str(error).strip() else ''})") from error
     model = model.float().eval().requires_grad_(False).to(device)
     return model, _transform(model.visual.input_resolution)
+
+
+def weights_file(name):
+    """Where OpenAI's weights of a name lie, or will: the lab's shared folder if they are there, else ~/.cache/clip."""
+    file = Path(_MODELS[name]).name
+    shared = SHARED / "clip" / file if SHARED else None
+    return shared if shared and shared.is_file() else Path("~/.cache/clip").expanduser() / file
 
 
 def _device(device):
@@ -117,19 +151,21 @@ class Dataset(NamedTuple):
 def load_dataset(name_or_folder):
     """Reads a data set; images are opened only when they are encoded.
 
-    name_or_folder: the name of a folder in data/, or the path of a folder that holds either dataset.json (the form is in
+    name_or_folder: the name of a folder in data/ or in $MINI_COOP_ROOT, or the path of a folder that holds either dataset.json (the form is in
     data/README.md) or one folder a class, `root/<class name>/*.jpg`, with or without `train/`, `val/`, `test/` above. Without
     them each class's images are dealt 50 / 20 / 30 by a fixed seed, as the paper does where a data set has no splits.
     Raises ValueError for an unknown name, a folder without images, and a dataset.json that is broken or names missing files.
     """
-    known = sorted(p.parent.name for p in DATA.glob("*/dataset.json"))
-    folder = DATA / str(name_or_folder) if name_or_folder in known else Path(name_or_folder)
+    known = {p.parent.name: p.parent for place in (SHARED, DATA) if place for p in sorted(place.glob("*/dataset.json"))}
+    folder = known.get(str(name_or_folder), Path(name_or_folder))
     if not folder.is_dir():
-        raise ValueError(f"no data set {str(name_or_folder)!r}: neither a folder nor one of {', '.join(known)}")
+        raise ValueError(f"no data set {str(name_or_folder)!r}: neither a folder nor one of {', '.join(sorted(known))}")
     if not (folder / "dataset.json").exists():
         return _image_folder(folder)
     try:
         data = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        if data.get("format", 1) != 1:
+            raise ValueError(f"format {data['format']!r}, but this version reads 1: prepare it again")
         root, K = folder / data.get("images", "."), len(data["classnames"])
         splits = {name: Split([root / image for image, _ in rows], [label for _, label in rows])
                   for name, rows in [*data["splits"].items(), *data.get("domains", {}).items()]}
@@ -198,12 +234,19 @@ def _archive(path, _process):
 
 
 def open_image(image):
-    """A PIL image from a path, or from inside an archive (`images.zip/name.png`); a PIL image is returned as it is."""
-    if isinstance(image, Image.Image):
-        return image
-    path = Path(image)
-    archive = next((p for p in path.parents if p.suffix == ".zip"), None)
-    return Image.open(_archive(archive, os.getpid()).open(path.relative_to(archive).as_posix()) if archive else path)
+    """An RGB image from a path, from inside an archive (`images.zip/name.png`) or from a PIL image: upright by its EXIF tag,
+    transparent parts white, 16 bits scaled to 8."""
+    if not isinstance(image, Image.Image):
+        path = Path(image)
+        archive = next((p for p in path.parents if p.suffix == ".zip"), None)
+        image = Image.open(_archive(archive, os.getpid()).open(path.relative_to(archive).as_posix()) if archive else path)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL itself would cut 16 bits off at 255, which makes nearly all of them white
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class _Views(torch.utils.data.Dataset):
@@ -225,21 +268,53 @@ class _Views(torch.utils.data.Dataset):
             return torch.full((self.views, 3, self.n_px, self.n_px), math.nan), f"{self.images[i]} ({error})"
 
 
-@torch.no_grad()
-def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, workers=None, progress=True):
+def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, workers=None, progress=True, cache=None):
     """Unit-norm float32 image features on the model's device, (N, E); with views=V > 1 (N, V, E).
 
     images: paths or PIL images. views=1 uses `preprocess` (the test transform); V > 1 draws V random resized crops and flips an
     image, the paper's augmentation, once: the encoder is frozen, so training picks among them. workers: processes that read
-    images; by default none, except on Linux with more than two cores and thousands of images, where they pay.
-    An image that cannot be read is named in a warning and becomes a row of NaN; the others are not lost.
+    images; by default none, except on Linux with more than two cores and thousands of images, where they pay. cache: a folder
+    that keeps the features; they are taken from there only if weights, transform, views, seed and every file are the same.
+    An image that cannot be read is named in a warning and becomes a row of NaN; the others are not lost (nor cached).
     """
     images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    n_px, device = model.visual.input_resolution, _device_of(model)
     if not images or views < 1:
         raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
+    device, kept = _device_of(model), None
+    if cache is not None:
+        key = repr([_fingerprint(model.visual.state_dict().values()), str(preprocess), views, seed * (views > 1), [_stamp(image) for image in images]])
+        kept = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
+        try:
+            return torch.load(kept, device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            pass  # not there, or damaged: encoded anew
+    features, unreadable = _encode(model, preprocess, images, views, batch_size, seed, workers, progress)
+    if unreadable:
+        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of NaN: {'; '.join(unreadable[:3])}. "
+                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=2)
+    elif kept:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with _atomic(kept) as file:
+                torch.save(features, file)
+        except (OSError, RuntimeError) as error:  # no space: torch says RuntimeError
+            warnings.warn(f"the features could not be kept in {kept.parent} ({error}); they are returned all the same", stacklevel=2)
+    return features
+
+
+def _stamp(image):
+    """What a cached feature depends on: an image's pixels, or its path and its file's size and time (an archive's, if it is in one)."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(image.tobytes()).hexdigest(), image.size, image.mode
+    path = Path(image)
+    file = next((p for p in path.parents if p.suffix == ".zip"), path)
+    return str(path), *((file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else ())
+
+
+@torch.no_grad()
+def _encode(model, preprocess, images, views, batch_size, seed, workers, progress):
+    n_px, device = model.visual.input_resolution, _device_of(model)
     transform = preprocess if views == 1 else transforms.Compose([
-        lambda image: image.convert("RGB"),
         transforms.RandomResizedCrop(n_px, scale=(0.08, 1), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), *preprocess.transforms[-2:]])  # the last two: to tensor, CLIP's mean and std
     if workers is None:
@@ -251,11 +326,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, wo
         x = model.encode_image(pixels.flatten(0, 1).to(device)).float()  # (B * V, E)
         features.append(F.normalize(x, dim=-1).unflatten(0, (-1, views)))
         unreadable += [r for r in reasons if r]
-    if unreadable:
-        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of NaN: {'; '.join(unreadable[:3])}. "
-                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=2)
     features = torch.cat(features)
-    return features[:, 0] if views == 1 else features
+    return features[:, 0] if views == 1 else features, unreadable
 
 
 # ---------------------------------------------------------------- the text side
@@ -370,26 +442,6 @@ def linear_probe(train, train_labels, val, val_labels):
 def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: one epoch at 1e-5, then a cosine over `epochs` that is never finished (epoch 1 runs at `lr`)."""
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-
-
-@contextmanager
-def _atomic(path):
-    """A binary file that appears under `path` only when it is whole."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _fingerprint(model):
-    """Tells text encoders apart: a hash of the projection that every text feature passes."""
-    return hashlib.sha256(model.text_projection.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
 class CoOp(torch.nn.Module):
@@ -549,7 +601,7 @@ class CoOp(torch.nn.Module):
     def save(self, path):
         """Writes the context and what it needs (tens of kilobytes), whole or not at all."""
         state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "classnames": [str(n) for n in self.classnames], "seed": self.seed,
-                 "class_specific": self.class_specific, "class_position": self.class_position, "text_encoder": _fingerprint(self.clip_model)}
+                 "class_specific": self.class_specific, "class_position": self.class_position, "text_encoder": _fingerprint([self.clip_model.text_projection])}
         with _atomic(path) as file:
             torch.save(state, file)
 
@@ -566,7 +618,7 @@ class CoOp(torch.nn.Module):
             raise
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
             raise ValueError(f"{path} holds no context of ours, or is damaged ({type(error).__name__}: {str(error).strip()[:200]})") from error
-        if text_encoder != _fingerprint(model):
+        if text_encoder != _fingerprint([model.text_projection]):
             raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
         if specific and names != state["classnames"]:
             raise ValueError(f"{path} is class-specific: it serves only the {len(state['classnames'])} classes that it was learned for")
