@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import re
 import statistics
 import sys
 import time
@@ -282,7 +283,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, wo
         raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
     device, kept = _device_of(model), None
     if cache is not None:
-        key = repr([_fingerprint(model.visual.state_dict().values()), str(preprocess), views, seed * (views > 1), [_stamp(image) for image in images]])
+        transform = re.sub(" at 0x[0-9a-f]+", "", str(preprocess))  # a function's address is another one in every process
+        key = repr([_fingerprint(model.visual.state_dict().values()), transform, views, seed * (views > 1), [_stamp(image) for image in images]])
         kept = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         try:
             return torch.load(kept, device, weights_only=True)
@@ -444,6 +446,11 @@ def learning_rate(epoch, epochs, lr=0.002):
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
+def n_epochs(shots, epochs=None):
+    """The paper's number of epochs, unless given: 50 for 1 shot, 100 for up to 4, else 200 (it takes 50 on ImageNet always)."""
+    return epochs or (50 if shots == 1 else 100 if shots <= 4 else 200)
+
+
 class CoOp(torch.nn.Module):
     """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ." whose vectors V are learned.
 
@@ -514,14 +521,12 @@ class CoOp(torch.nn.Module):
 
         image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image. labels: (N,) integers.
         SGD, momentum 0.9, weight decay 5e-4, the schedule of `learning_rate`; a last short batch is dropped unless it is the
-        only one. epochs=None: 50 for 1 shot, 100 for up to 4, else 200 (the paper takes 50 on ImageNet always).
+        only one. epochs=None: `n_epochs` of the largest number of images a class.
         `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far and sets `interrupted_`.
         """
         features, labels = self._check(image_features, labels, views=True)
         N = len(features)
-        if epochs is None:
-            shots = labels.bincount().max().item()
-            epochs = 50 if shots == 1 else 100 if shots <= 4 else 200
+        epochs = n_epochs(labels.bincount().max().item(), epochs)
         batch_size = min(batch_size, N)
         optimizer = torch.optim.SGD([self.ctx], lr=lr, momentum=0.9, weight_decay=5e-4)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
@@ -629,30 +634,69 @@ class CoOp(torch.nn.Module):
 
 # ---------------------------------------------------------------- the main job
 
-def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16, class_position="end", ctx_init=None, epochs=None, views=1):
-    """Zero-shot with every template, then every method x shots x seeds on one data set; learned contexts are saved in `folder`.
+METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
 
-    Returns {"zero_shot": {template: {split: %}}, "few_shot": {method: {shots: [{split: %} a seed]}}}; splits: test and the domains.
+
+def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16, class_position="end", ctx_init=None, epochs=None, views=1):
+    """Zero-shot with every template, then every cell, a method x shots x seed, on one data set; contexts are saved in `folder`.
+
+    A finished cell is kept in `folder` too and not run again, unless weights, images or settings changed. Features are cached
+    in `folder`/features. Returns {"zero_shot": {template: {split: %}}, "few_shot": {method: {shots: [{split: %} a seed]}}};
+    splits: test and the domains.
     """
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} has no {'test' if data.train.images else 'training'} images: the comparison needs both")
+    tests, K = {"test": data.test, **data.domains}, len(data.classnames)
+    key = [_fingerprint(model.state_dict().values()), data.classnames, n_ctx, class_position, ctx_init, epochs, views]
+    key += [(s.labels, [_stamp(i) for i in s.images]) for s in (data.train, data.val, *tests.values())]
+    key = hashlib.sha256(repr(key).encode()).hexdigest()
     picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
+
+    def finished(cell):
+        try:
+            kept = json.loads(cell.with_name(cell.name + ".json").read_text())
+            return kept["accuracy"] if kept["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    cells = {(n, seed, method): folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}" for n, seed in picks for method in methods}
+    done = {which: accuracy for which, cell in cells.items() if (accuracy := finished(cell)) is not None}
+    used = [sorted({i for n, seed, method in cells.keys() - done.keys() for i in picks[n, seed][part]}) for part in (0, 1)]
+
+    def new(method, seed):
+        return CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
 
     def encode(split, indices, views=1):
         """{index: features} of the images that can be read."""
-        features = encode_images(model, preprocess, [split.images[i] for i in indices], views) if indices else []
+        images = [split.images[i] for i in indices]
+        features = encode_images(model, preprocess, images, views, cache=folder / "features") if images else []
         return {i: x for i, x in zip(indices, features) if x.isfinite().all()}
-
-    used_train, used_val = (sorted({i for pick in picks.values() for i in pick[part]}) for part in (0, 1))
-    train, val = encode(data.train, used_train), encode(data.val, used_val)
-    train_views = encode(data.train, used_train, views) if views > 1 else train
-    tests = {name: (split, encode(split, range(len(split.images)))) for name, split in {"test": data.test, **data.domains}.items()}
 
     def gather(split, features, indices):
         indices = [i for i in indices if i in features]
         return torch.stack([features[i] for i in indices]), torch.tensor([split.labels[i] for i in indices])
 
-    tests = {name: gather(split, features, features) for name, (split, features) in tests.items()}
+    # The plan: what has to be computed, and how long that takes here, from a few steps and images
+    n_steps = {method: sum(n_epochs(n, epochs) * max(1, len(picks[n, seed][0]) // 32) for n, seed, m in cells.keys() - done.keys() if m == method)
+               for method in methods if method != "linear probe"}
+    n_images, seconds = len(used[0]) * (1 + views * (views > 1)) + len(used[1]) + sum(len(s.images) for s in tests.values()), 0
+    for method, steps in n_steps.items():
+        if steps:
+            x, y, coop = torch.randn(32, model.text_projection.shape[1]), torch.arange(32) % K, new(method, 0)
+            coop.fit(x, y, 2, progress=False)  # warm up
+            start = time.perf_counter()
+            if coop.fit(x, y, 3, progress=False).interrupted_:
+                raise KeyboardInterrupt
+            seconds += steps * (time.perf_counter() - start) / 3
+    start = time.perf_counter()
+    _encode(model, preprocess, data.test.images[:32], 1, 32, 0, 0, False)
+    seconds += n_images * (time.perf_counter() - start) / len(data.test.images[:32])
+    print(f"plan: {len(cells) - len(done)} of {len(cells)} cells are to be run, {sum(n_steps.values()):,} training steps; {n_images:,} images to encode "
+          f"where they are not cached; about {seconds / 60:.1f} minutes", flush=True)
+
+    train, val = encode(data.train, used[0]), encode(data.val, used[1])
+    train_views = encode(data.train, used[0], views) if views > 1 else train
+    tests = {name: gather(split, encoded := encode(split, range(len(split.images))), encoded) for name, split in tests.items()}
 
     def accuracies(predict):
         return {name: 100 * (predict(x).cpu() == y).float().mean().item() for name, (x, y) in tests.items()}
@@ -661,21 +705,23 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
         weights = zero_shot_weights(model, data.classnames, template)
         zero_shot[name] = accuracies(lambda x: (x @ weights.T).argmax(1))
-    results = {method: {n: [] for n in shots} for method in methods}
-    bar = tqdm([(pick, method) for pick in picks for method in methods], desc=data.name)
-    for (n, seed), method in bar:
+    bar = tqdm([which for which in cells if which not in done], desc=data.name, disable=len(done) == len(cells))
+    for n, seed, method in bar:
         bar.set_postfix_str(f"{method}, {n} shots, seed {seed}")
-        chosen, validation = picks[n, seed]
+        (chosen, validation), cell = picks[n, seed], cells[n, seed, method]
         if method == "linear probe":
             probe = linear_probe(*gather(data.train, train, chosen), *gather(data.val, val, validation))
-            results[method][n].append(accuracies(lambda x: torch.from_numpy(probe.predict(x.cpu().numpy()))))
+            accuracy = accuracies(lambda x: torch.from_numpy(probe.predict(x.cpu().numpy())))
         else:
-            coop = CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
-            if coop.fit(*gather(data.train, train_views, chosen), epochs, progress=False).interrupted_:
+            coop = new(method, seed)
+            if coop.fit(*gather(data.train, train_views, chosen), n_epochs(n, epochs), progress=False).interrupted_:
                 raise KeyboardInterrupt  # a half-learned context is no result
-            coop.save(folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}.pt")
-            results[method][n].append(accuracies(coop.predict))
-    return {"zero_shot": zero_shot, "few_shot": results}
+            coop.save(f"{cell}.pt")
+            accuracy = accuracies(coop.predict)
+        done[n, seed, method] = accuracy
+        with _atomic(f"{cell}.json") as file:
+            file.write(json.dumps({"key": key, "accuracy": accuracy}).encode())
+    return {"zero_shot": zero_shot, "few_shot": {m: {str(n): [done[n, seed, m] for seed in seeds] for n in shots} for m in methods}}
 
 
 def mean_std(rows, split="test"):
@@ -684,43 +730,96 @@ def mean_std(rows, split="test"):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def report(result, template):
-    """The tables of the main job, as text."""
-    zero_shot, few = result["zero_shot"], result["few_shot"]
+def report(result, published=None):
+    """The tables of the main job, as text; `published`: figures of the paper's setting to stand below ours."""
+    zero_shot, few, template, published = result["zero_shot"], result["few_shot"], result["template"], published or {}
     shots = list(next(iter(few.values())))
     lines = [f"{'zero-shot, hand-written templates':40}  accuracy %"]
-    lines += [f"  {name + ('  <- declared' if name == template else ''):40}{row['test']:10.1f}" for name, row in zero_shot.items()]
+    for name, row in zero_shot.items():
+        lines.append(f"  {name + ('  <- declared' if name == template else ''):40}{row['test']:10.1f}")
+    if "zero-shot" in published:
+        lines.append(f"  {'  published, declared template':40}{published['zero-shot']['0']:10.1f}")
     lines += ["", f"{'few-shot, mean ± std over seeds; shots:':42}" + "".join(f"{n:>12}" for n in shots)]
-    lines += [f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[n])):>12}" for n in shots) for method, row in few.items()]
+    for method, row in few.items():
+        lines.append(f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[n])):>12}" for n in shots))
+        if method in published:
+            lines.append(f"  {'  published':40}" + "".join(f"{published[method].get(n, ''):>12}" for n in shots))
     if domains := list(zero_shot[template])[1:]:
-        lines += ["", f"{f'domains, {max(shots)} shots:':42}" + "".join(f"{name:>12}" for name in domains)]
-        lines += [f"  {name:40}" + "".join(f"{zero_shot[name][d]:>12.1f}" for d in domains) for name in dict.fromkeys([template, "a photo of a {}."])]
-        lines += [f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[max(shots)], d)):>12}" for d in domains)
-                  for method, row in few.items()]
+        most = max(shots, key=int)
+        lines += ["", f"{f'domains, {most} shots:':42}" + "".join(f"{name:>12}" for name in domains)]
+        rows = {t: {d: (zero_shot[t][d], 0.0) for d in domains} for t in dict.fromkeys([template, "a photo of a {}."])}
+        rows |= {method: {d: mean_std(row[most], d) for d in domains} for method, row in few.items()}
+        for name, row in rows.items():
+            lines.append(f"  {name:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*row[d]):>12}" for d in domains))
+            if theirs := published.get("domains", {}).get("zero-shot" if name == template else name):
+                lines.append(f"  {'  published':40}" + "".join(f"{theirs.get(d, ''):>12}" for d in domains))
     return "\n".join(lines)
 
 
-def figure(result, template, title, path):
-    """The paper's figure for one data set: test accuracy over shots, zero-shot as a star at 0; saved as PNG."""
+def average_report(results):
+    """The averages over data sets, as text."""
+    few = [r["few_shot"] for r in results.values()]
+    lines = [f"{f'average of {len(results)} data sets; shots:':42}" + "".join(f"{n:>8}" for n in (0, *next(iter(few[0].values()))))]
+    lines.append(f"  {'zero-shot, declared templates':40}{statistics.mean(r['zero_shot'][r['template']]['test'] for r in results.values()):8.1f}")
+    for method in [m for m in METHODS if all(m in row for row in few)]:
+        means = [statistics.mean(mean_std(row[method][n])[0] for row in few) for n in few[0][method]]
+        lines.append(f"  {method:40}{'':8}" + "".join(f"{mean:8.1f}" for mean in means))
+    return "\n".join(lines)
+
+
+def figure(results, title, path):
+    """The paper's figure: test accuracy over shots, zero-shot as a star at 0, a panel a data set and, of several, their average."""
     from matplotlib.figure import Figure
-    fig = Figure((5.5, 4), layout="constrained")
-    ax, zero, ticks = fig.subplots(), result["zero_shot"][template]["test"], [0]
-    ax.axhline(zero, color="gray", linestyle=":", linewidth=1)
-    ax.plot(0, zero, "*", color="black", markersize=12, label=f"zero-shot, “{template}”")
-    for (method, row), color, style in zip(result["few_shot"].items(), ("#0072B2", "#D55E00", "#009E73"), ("s--", "o-", "^-.")):
-        means, spreads = zip(*(mean_std(rows) for rows in row.values()))
-        ax.errorbar(list(row), means, spreads, fmt=style, color=color, capsize=3, label=method)
-        ticks = [0, *row]
-    ax.set(title=title, xlabel="labelled images a class (shots)", ylabel="test accuracy, %", xticks=ticks)
-    ax.grid(alpha=0.3)
-    ax.legend()
+    curves = {name: {m: [mean_std(rows) for rows in row.values()] for m, row in r["few_shot"].items()} for name, r in results.items()}
+    stars = {name: r["zero_shot"][r["template"]]["test"] for name, r in results.items()}
+    if len(results) > 1:
+        shared = [m for m in METHODS if all(m in row for row in curves.values())]
+        curves = {"average": {m: [tuple(map(statistics.mean, zip(*points))) for points in zip(*(row[m] for row in curves.values()))]
+                              for m in shared}, **curves}
+        stars["average"] = statistics.mean(stars.values())
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    fig = Figure((max(5.5, 3.4 * columns), max(4, 2.9 * rows)), layout="constrained")
+    fig.suptitle(title)
+    for ax, (name, row) in zip(fig.subplots(rows, columns, squeeze=False).flat, curves.items()):
+        ax.axhline(stars[name], color="gray", linestyle=":", linewidth=1)
+        ax.plot(0, stars[name], "*", color="black", markersize=12, label="zero-shot, declared template")
+        for method, points in row.items():
+            color, style = dict(zip(METHODS, [("#0072B2", "s--"), ("#D55E00", "o-"), ("#009E73", "^-.")]))[method]
+            ax.errorbar(range(1, len(points) + 1), *zip(*points), fmt=style, color=color, capsize=3, label=method)
+        shots = list(next(iter(next(iter(results.values()))["few_shot"].values())))
+        ax.set(title=name, xlabel="labelled images a class (shots)", ylabel="test accuracy, %", xticks=range(len(shots) + 1), xticklabels=[0, *shots])
+        ax.grid(alpha=0.3)
+        if name == next(iter(curves)):
+            ax.legend(fontsize=8)
     with _atomic(path) as file:
-        fig.savefig(file, format="png", dpi=110)
+        fig.savefig(file, format="png", dpi=100)
+
+
+def check(name="mini", device=None):
+    """Prints what a bug report needs: versions, device, what weights and data sets are found, one forward pass."""
+    import platform
+    import torchvision
+    found = [n for n in _MODELS if weights_file(n).is_file()]
+    places = [place for place in (SHARED, DATA) if place]
+    datasets = sorted(p.parent.name for place in places for p in place.glob("*/dataset.json"))
+    model, preprocess = load_clip(name, device)
+    start = time.perf_counter()
+    features = encode_images(model, preprocess, [Image.new("RGB", (64, 64), "white")], progress=False)
+    spread = zero_shot_weights(model, ["cat", "dog"], "a photo of a {}.").std().item()
+    for what, value in {
+            "python": f"{platform.python_version()} on {platform.platform()}", "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "CLIP's code": "OpenAI's repository" if clip.tokenize("a").dtype == torch.int32 else "the registry's copy",
+            "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "MINI_COOP_ROOT": SHARED or "not set",
+            "OpenAI's weights found": ", ".join(found) or f"none ({weights_file('RN50').parent})", "data sets found": ", ".join(datasets),
+            f"one forward pass of {name}": f"{'fine' if features.isfinite().all() and spread > 0 else 'WRONG: ' + str(features)} on "
+                                           f"{features.device}, {time.perf_counter() - start:.2f} s"}.items():
+        print(f"{what:28} {value}")
 
 
 def main(argv=None):
     """Zero-shot, linear probe and CoOp, unified and class-specific, on few labels: tables, and under --out a figure, a JSON with
-    every figure and setting, and the learned contexts."""
+    every figure and setting, and the learned contexts. The same command goes on where it was stopped."""
     parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def positive(text):
@@ -737,34 +836,42 @@ def main(argv=None):
     add("--class-specific", choices=["yes", "no", "both"], default="both", help="one context a class, one for all, or each in turn")
     add("--class-position", choices=["end", "middle", "front"], default="end", help="where the class name stands")
     add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
-    add("--epochs", type=positive, help="by shots, as in the paper, if not given")
+    add("--epochs", type=positive, help="as in the paper, by shots (50 on imagenet), if not given")
     add("--views", type=positive, default=1, help="random crops a training image; 1: the plain image")
     add("--device", help="CUDA where there is one, if not given")
     add("--out", type=Path, default=Path("runs"), help="folder for what is saved")
+    add("--check", action="store_true", help="only print versions, device, weights and data sets found, for a bug report")
     args = parser.parse_args(argv)
     try:
-        datasets = [load_dataset(name) for name in args.dataset]
+        if args.check:
+            return check(args.model, args.device)
+        datasets, results = [load_dataset(name) for name in args.dataset], {}
         model, preprocess = load_clip(args.model, args.device)
-        device = _device_of(model)
+        device, name = _device_of(model), Path(args.model).stem if Path(args.model).is_file() else args.model.replace("/", "-").replace("@", "-")
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        published = json.loads((DATA / "published.json").read_text()).get(args.model, {})
         for data in datasets:
-            folder, start = args.out / f"{Path(args.model).stem}_{data.name}", time.perf_counter()
+            folder, start = args.out / f"{name}_{data.name}", time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
             print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
-            methods = ["linear probe"] * bool(data.val.images) + ["CoOp unified"] * (args.class_specific != "yes") + \
-                ["CoOp class-specific"] * (args.class_specific != "no")
+            methods = METHODS[not data.val.images:3 - (args.class_specific == "no")]
+            methods = [m for m in methods if m != "CoOp unified" or args.class_specific != "yes"]
             result = experiment(model, preprocess, data, folder, args.shots, args.seeds, methods, args.n_ctx, args.class_position,
-                                args.ctx_init, args.epochs, args.views)
+                                args.ctx_init, args.epochs or (50 if data.name == "imagenet" else None), args.views)
             settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where, "torch": torch.__version__}
             result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), "template": data.template, **result}
+            results[data.name] = result
             with _atomic(folder / "results.json") as file:
                 file.write(json.dumps(result, indent=1).encode())
-            figure(result, data.template, f"{data.name}, CLIP {args.model}", folder / "figure.png")
-            print(f"\n{report(result, data.template)}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
+            figure({data.name: result}, f"CLIP {args.model}", folder / "figure.png")
+            print(f"\n{report(result, published.get(data.name))}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
+        if len(results) > 1:
+            figure(results, f"CLIP {args.model}", args.out / f"{name}_figure.png")
+            print(f"\n{average_report(results)}\n\nThe figure of all data sets: {args.out / f'{name}_figure.png'}")
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; data sets that were finished are saved under {args.out}\n")
+        parser.exit(130, f"{parser.prog}: interrupted; what was finished is kept under {args.out}, and the same command goes on from there\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Data sets, few-shot samples, image features; and the integrity of what is embedded."""
+import copy
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 import warnings
 import zipfile
 
@@ -91,6 +95,7 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"splits": {"train": [["a.png", 0], ["gone.png", 0]]}}, "1 of 2 images of 'train' are missing, first .*gone.png"),
     ({"splits": {"train": [["a.png", 2]]}}, "label 2 in 'train', but there are 2 classes"),
+    ({"format": 2}, "is not in our form.*format 2, but this version reads 1: prepare it again"),
     ({"splits": None}, "is not in our form"),
     ({"classnames": None}, "is not in our form"),
 ])
@@ -147,6 +152,77 @@ def test_an_unreadable_image_is_named_and_the_rest_is_kept(tiny, tmp_path):
     assert features.isfinite().all(1).tolist() == [True, False, True]
     with pytest.raises(ValueError, match="no images to encode"):
         encode_images(*tiny, [])
+
+
+def test_cached_features_are_used_only_if_nothing_changed(tiny, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", (0, 0, 200))
+    files, calls, encode = [tmp_path / "a.png", tmp_path / "b.png"], [], mini_coop._encode
+    monkeypatch.setattr(mini_coop, "_encode", lambda *args: calls.append(1) or encode(*args))
+    get = lambda files=files, model=tiny[0], **options: encode_images(model, tiny[1], files, progress=False, cache=tmp_path / "cache", **options)  # noqa: E731
+    first = get()
+    assert torch.equal(get(), first) and len(calls) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+    changes = [{"files": files[::-1]}, {"views": 2}, {"views": 2, "seed": 1}]
+    for change in changes:
+        get(**change)
+    assert len(calls) == 4 and get(views=2).shape == (2, 2, 32) and len(calls) == 4
+    other = copy.deepcopy(tiny[0])
+    other.visual.conv1.weight.data[0] += 1
+    assert not torch.allclose(get(model=other), first) and len(calls) == 5
+    picture(tmp_path / "a.png", (9, 200, 9))  # the file changed
+    os.utime(tmp_path / "a.png", (1, 1))
+    assert not torch.allclose(get(), first) and len(calls) == 6
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_bytes(kept.read_bytes()[:300])  # cut off in writing
+    again = get()
+    assert len(calls) == 7 and again.isfinite().all()
+
+
+def test_the_cache_outlives_the_process(mini, tmp_path):
+    picture(tmp_path / "a.png")
+    code = f"import mini_coop as m; m.encode_images(*m.load_clip('mini', 'cpu'), {str(tmp_path / 'a.png')!r}, progress=False, cache={str(tmp_path / 'c')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=mini_coop.DATA.parent)
+    encode_images(*mini, str(tmp_path / "a.png"), progress=False, cache=tmp_path / "c")
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_a_full_disk_loses_no_features(tiny, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(mini_coop.torch, "save", lambda *args: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.warns(UserWarning, match="could not be kept.*No space left"):
+        features = encode_images(*tiny, [tmp_path / "a.png"], progress=False, cache=tmp_path / "cache")
+    assert features.shape == (1, 32) and not list((tmp_path / "cache").iterdir())
+
+
+def test_all_kinds_of_images(tmp_path):
+    """Rotated by EXIF, palette with transparency, alpha, 16 bits, one channel: what a person sees is what is encoded."""
+    red = Image.new("RGB", (40, 20), (250, 10, 10))
+    red.paste((10, 10, 250), (0, 0, 10, 20))  # blue at the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise: the left becomes the top
+    red.save(tmp_path / "exif.jpg", exif=exif, quality=100)
+    turned = open_image(tmp_path / "exif.jpg")
+    assert turned.size == (20, 40) and turned.getpixel((10, 3))[2] > 200 > turned.getpixel((10, 30))[2]
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "alpha.png")
+    assert open_image(tmp_path / "alpha.png").getpixel((1, 1)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 99, 200])
+    palette.save(tmp_path / "palette.png")
+    assert open_image(tmp_path / "palette.png").getpixel((1, 1)) == (9, 99, 200)
+    palette.save(tmp_path / "transparent.png", transparency=1)
+    assert open_image(tmp_path / "transparent.png").getpixel((1, 1)) == (255, 255, 255)
+    Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").getpixel((1, 1)) == (128, 128, 128)
+    Image.new("L", (8, 8), 77).save(tmp_path / "gray.png")
+    assert open_image(tmp_path / "gray.png").getpixel((1, 1)) == (77, 77, 77)
+
+
+def test_class_folders_with_names_in_other_scripts(tiny, tmp_path):
+    for name in ("Löwe", "猫", "éléphant"):
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png", (40 * i, 0, 9))
+    data = load_dataset(tmp_path)
+    assert len(data.classnames) == 3 and mini_coop.CoOp(tiny[0], data.classnames, 2).text_features().isfinite().all()
 
 
 # ---------------------------------------------------------------- what is embedded

@@ -1,5 +1,6 @@
 """The main job end to end on a small setting, and the files that set the project up."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,7 +60,61 @@ def test_ctrl_c_writes_no_half_result(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         mini_coop.main(["--dataset", "styles", "--shots", "1", "--seeds", "1", "--class-specific", "no", "--device", "cpu", "--out", str(tmp_path)])
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not list(tmp_path.rglob("CoOp*")) and not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_finished_cell_is_not_run_again_and_a_damaged_or_outdated_one_is(tmp_path, capsys, monkeypatch):
+    calls, fit = [], CoOp.fit
+    monkeypatch.setattr(CoOp, "fit", lambda self, x, *rest, **kw: (calls.append(len(x)) if len(x) != 32 else None) or fit(self, x, *rest, **kw))
+    options = ["--dataset", "styles", "--shots", "1", "2", "--seeds", "1", "2", "--n-ctx", "1", "--device", "cpu", "--out", str(tmp_path)]
+    mini_coop.main([*options, "--epochs", "1"])
+    assert len(calls) == 8 and "plan: 12 of 12 cells" in capsys.readouterr().out  # 2 shots x 2 seeds x 2 contexts; and 4 probes
+    first = json.loads((tmp_path / "mini_styles/results.json").read_text())
+    mini_coop.main([*options, "--epochs", "1"])
+    assert len(calls) == 8 and "plan: 0 of 12 cells" in capsys.readouterr().out
+    again = json.loads((tmp_path / "mini_styles/results.json").read_text())
+    assert again["few_shot"] == first["few_shot"] and again["zero_shot"] == first["zero_shot"]
+    cell = tmp_path / "mini_styles/CoOp_unified_2_shots_seed_1.json"
+    cell.write_text(cell.read_text()[:30])  # half written
+    mini_coop.main([*options, "--epochs", "1"])
+    assert calls[8:] == [16] and json.loads(cell.read_text())["accuracy"]
+    mini_coop.main([*options, "--epochs", "2"])  # another setting: nothing of it is finished
+    assert len(calls) == 9 + 8
+
+
+def test_several_data_sets_and_the_published_figures(tmp_path, capsys):
+    mini_coop.main(["--dataset", "styles", "actions", *"--shots 1 --seeds 1 --n-ctx 1 --epochs 1 --device cpu".split(), "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "average of 2 data sets" in out and Image.open(tmp_path / "mini_figure.png").size[0] > 900
+    results = {t: json.loads((tmp_path / f"mini_{t}/results.json").read_text()) for t in ("styles", "actions")}
+    mean = sum(r["few_shot"]["CoOp unified"]["1"][0]["test"] for r in results.values()) / 2
+    assert re.search(rf"CoOp unified +{mean:.1f}$", out, re.M)
+    published = json.loads((mini_coop.DATA / "published.json").read_text())["RN50"]["imagenet"]
+    for method in mini_coop.METHODS:
+        results["styles"]["few_shot"][method] = {"1": [{"test": 50.0, "imagenet_a": 20.0}]}
+    results["styles"]["zero_shot"] = {t: {**row, "imagenet_a": 10.0} for t, row in results["styles"]["zero_shot"].items()}
+    text = mini_coop.report(results["styles"], published)
+    assert re.search(r"CoOp unified +50.0 ± 0.0\n +published +57.15", text) and re.search(r"published, declared template +58.2", text)
+    assert re.search(r"CoOp unified +20.0 ± 0.0\n +published +23.06", text) and re.search(r"published +21.83", text)
+
+
+def test_check_prints_what_a_bug_report_needs(capsys):
+    mini_coop.main(["--check", "--device", "cpu"])
+    out = capsys.readouterr().out
+    for what in ("python ", "torch ", "CUDA", "OpenAI's weights found", "data sets found", "objects", "one forward pass of mini     fine on cpu"):
+        assert what in out, what
+
+
+def test_a_shared_folder_is_searched_for_weights_and_data(tmp_path):
+    (tmp_path / "lab/clip").mkdir(parents=True)
+    (tmp_path / "lab/clip/RN50.pt").write_bytes(b"not whole")
+    (tmp_path / "lab/tiny").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "lab/tiny/a.png")
+    (tmp_path / "lab/tiny/dataset.json").write_text(json.dumps({"classnames": ["x", "y"], "template": "{}", "splits": {"test": [["a.png", 0]]}}))
+    code = "from mini_coop import *; print(weights_file('RN50')); print(weights_file('RN101')); print(load_dataset('tiny').test.images)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+                         env={**os.environ, "MINI_COOP_ROOT": str(tmp_path / "lab")}).stdout.splitlines()
+    assert out[0] == str(tmp_path / "lab/clip/RN50.pt") and out[1].endswith(os.path.join(".cache", "clip", "RN101.pt")) and "a.png" in out[2]
 
 
 def test_a_folder_without_test_images(tmp_path, capsys):
