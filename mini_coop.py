@@ -698,26 +698,32 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     train_views = encode(data.train, used[0], views) if views > 1 else train
     tests = {name: gather(split, encoded := encode(split, range(len(split.images))), encoded) for name, split in tests.items()}
 
-    def accuracies(predict):
-        return {name: 100 * (predict(x).cpu() == y).float().mean().item() for name, (x, y) in tests.items()}
+    def accuracies(scores):
+        """scores: features -> (N, K). A domain that holds some of the classes only is a task of those (ImageNet-A and -R)."""
+        result = {}
+        for name, (x, y) in tests.items():
+            classes = torch.arange(K) if name == "test" else y.unique()
+            result[name] = 100 * (classes[scores(x).cpu()[:, classes].argmax(1)] == y).float().mean().item()
+        return result
 
     zero_shot, templates = {}, list(dict.fromkeys([data.template, *TEMPLATES]))
     for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
         weights = zero_shot_weights(model, data.classnames, template)
-        zero_shot[name] = accuracies(lambda x: (x @ weights.T).argmax(1))
+        zero_shot[name] = accuracies(lambda x: x @ weights.T)
     bar = tqdm([which for which in cells if which not in done], desc=data.name, disable=len(done) == len(cells))
     for n, seed, method in bar:
         bar.set_postfix_str(f"{method}, {n} shots, seed {seed}")
         (chosen, validation), cell = picks[n, seed], cells[n, seed, method]
         if method == "linear probe":
             probe = linear_probe(*gather(data.train, train, chosen), *gather(data.val, val, validation))
-            accuracy = accuracies(lambda x: torch.from_numpy(probe.predict(x.cpu().numpy())))
+            columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()  # it may have seen some of the classes only
+            accuracy = accuracies(lambda x: torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns)
         else:
             coop = new(method, seed)
             if coop.fit(*gather(data.train, train_views, chosen), n_epochs(n, epochs), progress=False).interrupted_:
                 raise KeyboardInterrupt  # a half-learned context is no result
             coop.save(f"{cell}.pt")
-            accuracy = accuracies(coop.predict)
+            accuracy = accuracies(coop.predict_proba)
         done[n, seed, method] = accuracy
         with _atomic(f"{cell}.json") as file:
             file.write(json.dumps({"key": key, "accuracy": accuracy}).encode())
