@@ -157,6 +157,23 @@ def test_environment_and_pyproject_name_the_same_packages():
     assert len(commits) == 1
 
 
+def test_the_code_in_readme_runs(tmp_path, capsys, monkeypatch):
+    """Every Python block of README, one after another, on a folder of own images: to a learned prompt and one labelled image."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3 and len(blocks[1].splitlines()) == 2 and len(blocks[2].splitlines()) == 5
+    for name, colour in (("cat", (220, 30, 30)), ("dog", (30, 30, 220))):
+        (tmp_path / "path/to/photos" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (70, 64), tuple(min(255, c + 2 * i) for c in colour)).save(tmp_path / "path/to/photos" / name / f"{i}.jpg")
+    Image.new("RGB", (70, 64), (225, 35, 35)).save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    own = "\n".join([blocks[0].split("\n\n")[0], blocks[1], blocks[0][blocks[0].index("chosen ="):], blocks[2]])
+    with pytest.warns(UserWarning, match="fewer than 16 images"):
+        exec(own.replace("ViT-B/16", "mini"), {})
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "accuracy 100.0%" and out[-1].startswith("cat ")
+
+
 def test_cuda_is_used_where_there_is_one():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")

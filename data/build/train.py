@@ -1,6 +1,7 @@
 """Step 2: pre-trains the mini-CLIP on the drawn icons and their names, and writes it in OpenAI's layout.
 
     python train.py --minutes 90 [--work work] [--out ../mini_clip.pt]
+    python train.py --evaluate ../mini_clip.pt      the figures of the data card: steps, loss, accuracy on held-out sets
 
 The learning rate follows the time spent, so that a run ends when you say, on any machine. A checkpoint is kept every five
 minutes and taken up again by the same command. What is printed is also the training log: work/train.log.
@@ -147,6 +148,18 @@ def encode_text(model, tokens):
     return torch.stack(out)
 
 
+def contrastive_loss(model, images, captions, true, tokenizer, device):
+    """CLIP's symmetric loss on one augmented batch; a caption that is true of another image too is no negative for it."""
+    images = augment(images.to(device)).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device, torch.bfloat16):
+        image = model.visual(images).float()
+        text = encode_text(model, tokenizer(captions).to(device)).float()
+    logits = model.logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
+    logits = logits.masked_fill((true & ~torch.eye(len(true), dtype=torch.bool)).to(device), -1e4)
+    target = torch.arange(len(true), device=device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 @torch.no_grad()
 def held_out_accuracy(model, work, tokenizer, device, names=1000, each=3):
     """Top-1 among the most frequent names of the held-out sets, `each` drawings a name: the log's yardstick, nothing is chosen by it."""
@@ -172,13 +185,24 @@ def held_out_accuracy(model, work, tokenizer, device, names=1000, each=3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True)
+    todo = parser.add_mutually_exclusive_group(required=True)
+    todo.add_argument("--minutes", type=float)
+    todo.add_argument("--evaluate", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, default=HERE.parent / "mini_clip.pt")
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     icons, tokenizer = Icons(args.work, args.only), Tokenizer()
+    if args.evaluate:
+        state = torch.load(args.evaluate, map_location=device, weights_only=True)
+        model, rng = build_model(dict(state)).float().to(device).eval(), random.Random(-1)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses = [contrastive_loss(model, *icons.batch(rng, BATCH), tokenizer, device).item() for _ in range(20)]
+        print(f"{state['visual.bn1.num_batches_tracked']} steps of {BATCH}; loss on 20 augmented pre-training batches {np.mean(losses):.3f}; "
+              f"top-1 of 1000 names on held-out sets {held_out_accuracy(model, args.work, tokenizer, device):.1f} %")
+        return
     torch.manual_seed(0)
     model = CLIP(256, 64, (1, 1, 1, 1), 32, None, 77, 49408, 128, 2, 4).to(device, memory_format=torch.channels_last).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -196,16 +220,7 @@ def main():
         lr = LR * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * spent / budget))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, captions, true = icons.batch(rng, BATCH)
-        images = augment(images.to(device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
-            image = model.visual(images).float()
-            text = encode_text(model, tokenizer(captions).to(device)).float()
-        logits = model.logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
-        same = torch.eye(BATCH, dtype=torch.bool)
-        logits = logits.masked_fill((true & ~same).to(device), -1e4)
-        target = torch.arange(BATCH, device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = contrastive_loss(model, *icons.batch(rng, BATCH), tokenizer, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
