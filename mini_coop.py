@@ -79,7 +79,8 @@ def load_clip(name="mini", device=None):
     """Loads a frozen CLIP in fp32.
 
     name: "mini" (the small one in data/, which knows icons), a name of `clip.available_models()` (OpenAI's, looked for in
-    $MINI_COOP_ROOT/clip, else downloaded to ~/.cache/clip) or a path to a checkpoint: a state dict in OpenAI's layout, or a TorchScript archive as OpenAI ships.
+    $MINI_COOP_ROOT/clip, else downloaded to ~/.cache/clip) or a path to a checkpoint: a state dict in OpenAI's layout, or a
+    TorchScript archive as OpenAI ships.
     device: "cuda", "cpu", ... ; None takes CUDA where there is one, else the CPU. ("mps" is accepted but was never tried.)
     Returns (model, preprocess): the module in eval mode and the transform PIL image -> (3, n_px, n_px).
     Raises ValueError for an unknown name or device and for a file that is no CLIP, RuntimeError if a download fails.
@@ -99,8 +100,9 @@ def load_clip(name="mini", device=None):
         try:
             scripted = zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
             state = torch.jit.load(path, "cpu").state_dict() if scripted else torch.load(path, "cpu", weights_only=True)
-            model = clip.model.build_model(dict(state))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+            model = clip.model.build_model(dict(state)).float()
+            model.load_state_dict({key: state[key] for key in model.state_dict()})  # build_model rounds to fp16 on its way
+        except Exception as error:  # a file that is no checkpoint can raise anything
             raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged ({type(error).__name__}: "
                              f"{str(error).strip().splitlines()[0] if str(error).strip() else ''})") from error
     model = model.float().eval().requires_grad_(False).to(device)
@@ -167,10 +169,14 @@ def load_dataset(name_or_folder):
         data = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         if data.get("format", 1) != 1:
             raise ValueError(f"format {data['format']!r}, but this version reads 1: prepare it again")
-        root, K = folder / data.get("images", "."), len(data["classnames"])
+        root, K, parts = folder / data.get("images", "."), len(data["classnames"]), ("train", "val", "test")
+        if wrong := set(data["splits"]) - set(parts) or set(data.get("domains", {})) & set(parts):
+            raise ValueError(f"splits are train, val and test, domains have other names; {', '.join(sorted(wrong))} is neither")
         splits = {name: Split([root / image for image, _ in rows], [label for _, label in rows])
                   for name, rows in [*data["splits"].items(), *data.get("domains", {}).items()]}
         template = data["template"]
+        if not isinstance(template, str) or "{}" not in template or not all(isinstance(name, str) for name in data["classnames"]):
+            raise ValueError("the template must be a text with {} in it, the class names a list of texts")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'dataset.json'} is not in our form (data/README.md): {type(error).__name__} {error}") from error
     inside = {root / name for name in zipfile.ZipFile(root).namelist()} if zipfile.is_zipfile(root) else None
@@ -178,16 +184,16 @@ def load_dataset(name_or_folder):
         missing = [p for p in split.images if not (p in inside if inside is not None else p.is_file())]
         if missing:
             raise ValueError(f"{folder}: {len(missing)} of {len(split.images)} images of {name!r} are missing, first {missing[0]}")
-        if wrong := [label for label in split.labels if label not in range(K)]:
+        if wrong := [label for label in split.labels if type(label) is not int or not 0 <= label < K]:
             raise ValueError(f"{folder}: label {wrong[0]!r} in {name!r}, but there are {K} classes (0 to {K - 1})")
     domains = {name: splits[name] for name in data.get("domains", {})}
-    return Dataset(folder.name, data["classnames"], template, *(splits.get(s, Split([], [])) for s in ("train", "val", "test")), domains)
+    return Dataset(folder.resolve().name, data["classnames"], template, *(splits.get(s, Split([], [])) for s in parts), domains)
 
 
 def _image_folder(root):
     def images_of(folder):
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
-    parts = [s for s in ("train", "val", "test") if (root / s).is_dir()]
+    parts = [s for s in ("train", "val", "test") if (root / s).is_dir() and any(images_of(d) for d in (root / s).iterdir() if d.is_dir())]
     classes = sorted({d.name for top in ([root / s for s in parts] or [root]) for d in top.iterdir() if d.is_dir() and images_of(d)})
     if not classes:
         raise ValueError(f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, test/ above the class folders")
@@ -203,6 +209,8 @@ def _image_folder(root):
         for s, images in dealt.items():
             splits[s].images.extend(images)
             splits[s].labels.extend([label] * len(images))
+    if untested := [name for label, name in enumerate(classes) if label not in splits["test"].labels]:
+        warnings.warn(f"{root}: no test images of {len(untested)} of {len(classes)} classes: {', '.join(untested[:5])}", stacklevel=3)
     return Dataset(root.resolve().name, classes, "a photo of a {}.", **splits, domains={})
 
 
@@ -230,7 +238,7 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 
 
 @functools.lru_cache(maxsize=16)
-def _archive(path, _process):
+def _archive(path, _process, _time):
     return zipfile.ZipFile(path)
 
 
@@ -239,8 +247,8 @@ def open_image(image):
     transparent parts white, 16 bits scaled to 8."""
     if not isinstance(image, Image.Image):
         path = Path(image)
-        archive = next((p for p in path.parents if p.suffix == ".zip"), None)
-        image = Image.open(_archive(archive, os.getpid()).open(path.relative_to(archive).as_posix()) if archive else path)
+        archive = next((p for p in path.parents if p.suffix == ".zip" and p.is_file()), None)
+        image = Image.open(_archive(archive, os.getpid(), archive.stat().st_mtime_ns).open(path.relative_to(archive).as_posix()) if archive else path)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL itself would cut 16 bits off at 255, which makes nearly all of them white
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -262,10 +270,11 @@ class _Views(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image = open_image(self.images[i])
-            with torch.random.fork_rng(devices=[]):  # the same views whatever the batch size and the number of workers
-                torch.manual_seed(random.Random(f"{self.seed} {i}").getrandbits(32))
+            name = i if isinstance(self.images[i], Image.Image) else Path(self.images[i]).name
+            with torch.random.fork_rng(devices=[]):  # the same views whatever the batch size, the workers and the other images
+                torch.default_generator.manual_seed(random.Random(f"{self.seed} {name}").getrandbits(32))
                 return torch.stack([self.transform(image) for _ in range(self.views)]), ""
-        except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # broken files and archives raise anything
             return torch.full((self.views, 3, self.n_px, self.n_px), math.nan), f"{self.images[i]} ({error})"
 
 
@@ -282,9 +291,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, wo
     if not images or views < 1:
         raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
     device, kept = _device_of(model), None
-    if cache is not None:
-        transform = re.sub(" at 0x[0-9a-f]+", "", str(preprocess))  # a function's address is another one in every process
-        key = repr([_fingerprint(model.visual.state_dict().values()), transform, views, seed * (views > 1), [_stamp(image) for image in images]])
+    if cache is not None and "ambda" not in str(preprocess):  # lambdas all print alike
+        key = repr([_fingerprint(model.visual.state_dict().values()), _described(preprocess), views, seed * (views > 1), [_stamp(image) for image in images]])
         kept = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         try:
             return torch.load(kept, device, weights_only=True)
@@ -304,12 +312,17 @@ def encode_images(model, preprocess, images, views=1, batch_size=256, seed=0, wo
     return features
 
 
+def _described(preprocess):
+    return re.sub(" at 0x[0-9a-f]+", "", str(preprocess))  # a function's address is another one in every process
+
+
 def _stamp(image):
     """What a cached feature depends on: an image's pixels, or its path and its file's size and time (an archive's, if it is in one)."""
     if isinstance(image, Image.Image):
-        return hashlib.sha256(image.tobytes()).hexdigest(), image.size, image.mode
+        image = open_image(image)
+        return hashlib.sha256(image.tobytes()).hexdigest(), image.size
     path = Path(image)
-    file = next((p for p in path.parents if p.suffix == ".zip"), path)
+    file = next((p for p in path.parents if p.suffix == ".zip" and p.is_file()), path)
     return str(path), *((file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else ())
 
 
@@ -322,7 +335,7 @@ def _encode(model, preprocess, images, views, batch_size, seed, workers, progres
     if workers is None:
         workers = min(8, os.cpu_count()) if sys.platform == "linux" and os.cpu_count() > 2 and len(images) * views > 4000 else 0
     loader = torch.utils.data.DataLoader(_Views(images, transform, views, seed, n_px), max(1, batch_size // views), num_workers=workers,
-                                         multiprocessing_context="fork" if workers else None, generator=torch.Generator())
+                                         multiprocessing_context="fork" if workers and sys.platform == "linux" else None, generator=torch.Generator())
     features, unreadable = [], []
     for pixels, reasons in tqdm(loader, desc="encoding images", disable=not progress, leave=False):
         x = model.encode_image(pixels.flatten(0, 1).to(device)).float()  # (B * V, E)
@@ -375,9 +388,12 @@ def _layout(lengths, device):
 
 def _clean(classnames):
     """Class names as a prompt says them; the errors and the warning that belong to them."""
+    if isinstance(classnames, str):
+        raise ValueError("classnames must be a list of class names")
+    classnames = list(classnames)
     names = [str(name).replace("_", " ").strip() for name in classnames]
-    if not names or isinstance(classnames, str):
-        raise ValueError("classnames must be a list of class names" if names else "the list of class names is empty")
+    if not names:
+        raise ValueError("the list of class names is empty")
     if "" in names:
         raise ValueError(f"class {names.index('')} has an empty name ({classnames[names.index('')]!r})")
     if twice := [name for name, n in Counter(names).items() if n > 1]:
@@ -401,8 +417,10 @@ def zero_shot_weights(model, classnames, templates):
 
     Each template's features are normalised, averaged over templates and normalised again. Class k scores `image @ weights[k]`.
     """
-    names, weights = _clean(classnames), 0
-    for template in [templates] if isinstance(templates, str) else templates:
+    names, weights, templates = _clean(classnames), 0, [templates] if isinstance(templates, str) else list(templates)
+    if not templates:
+        raise ValueError("no template to write the class names into")
+    for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name")
         rows = [_tokenizer.encode(template.replace("{}", name)) + [EOT] for name in names]
@@ -446,9 +464,13 @@ def learning_rate(epoch, epochs, lr=0.002):
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
+def _text_fingerprint(model):
+    return _fingerprint(value for key, value in model.state_dict().items() if not key.startswith("visual."))
+
+
 def n_epochs(shots, epochs=None):
     """The paper's number of epochs, unless given: 50 for 1 shot, 100 for up to 4, else 200 (it takes 50 on ImageNet always)."""
-    return epochs or (50 if shots == 1 else 100 if shots <= 4 else 200)
+    return epochs if epochs is not None else 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
 class CoOp(torch.nn.Module):
@@ -463,6 +485,7 @@ class CoOp(torch.nn.Module):
 
     def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end", ctx_init=None, seed=0):
         super().__init__()
+        classnames = classnames if isinstance(classnames, str) else list(classnames)
         names = _clean(classnames)
         if len(names) < 2:
             raise ValueError(f"there is one class only ({names[0]!r}): nothing to tell apart")
@@ -470,10 +493,10 @@ class CoOp(torch.nn.Module):
             raise ValueError(f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
         words = _tokenizer.encode(ctx_init.replace("_", " ")) if ctx_init else []
         M, K, D = len(words) or n_ctx, len(names), model.ln_final.weight.shape[0]
-        if not isinstance(M, int) or M < 1:
+        if type(M) is not int or M < 1:
             raise ValueError(f"n_ctx must be 1 or more, not {n_ctx!r}")
         object.__setattr__(self, "clip_model", model)  # not registered: frozen, and no part of the state dict
-        self.classnames, self.n_ctx, self.class_specific, self.class_position = list(classnames), M, bool(class_specific), class_position
+        self.classnames, self.n_ctx, self.class_specific, self.class_position = classnames, M, bool(class_specific), class_position
         self.seed, self.history_ = seed, {"loss": [], "accuracy": [], "lr": []}
 
         # Each prompt is a list of places in `source`: the context vectors, then the tokens of all names, "name", ".", EOT each.
@@ -525,6 +548,8 @@ class CoOp(torch.nn.Module):
         `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far and sets `interrupted_`.
         """
         features, labels = self._check(image_features, labels, views=True)
+        if batch_size < 1 or (epochs is not None and epochs < 0):
+            raise ValueError(f"batch_size must be 1 or more and epochs 0 or more, not {batch_size} and {epochs}")
         N = len(features)
         epochs = n_epochs(labels.bincount().max().item(), epochs)
         batch_size = min(batch_size, N)
@@ -569,12 +594,16 @@ class CoOp(torch.nn.Module):
                              f"{int((~finite).nonzero()[0])} (an image that could not be read?)")
         if labels is None:
             return features
-        labels = torch.as_tensor(labels, device=device)
+        try:
+            labels = torch.as_tensor(labels, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"labels must be {len(features)} integers, the places of the classes in classnames ({error})") from error
         if labels.shape != (len(features),) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"labels must be {len(features)} integers, one a feature, not {labels.dtype} {tuple(labels.shape)}")
+        labels = labels.long()
         if (wrong := labels[(labels < 0) | (labels >= len(self.classnames))]).numel():
             raise ValueError(f"label {int(wrong[0])} is outside of the {len(self.classnames)} classes (0 to {len(self.classnames) - 1})")
-        return features, labels.long()
+        return features, labels
 
     @torch.no_grad()
     def predict_proba(self, image_features):
@@ -606,7 +635,7 @@ class CoOp(torch.nn.Module):
     def save(self, path):
         """Writes the context and what it needs (tens of kilobytes), whole or not at all."""
         state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "classnames": [str(n) for n in self.classnames], "seed": self.seed,
-                 "class_specific": self.class_specific, "class_position": self.class_position, "text_encoder": _fingerprint([self.clip_model.text_projection])}
+                 "class_specific": self.class_specific, "class_position": self.class_position, "text_encoder": _text_fingerprint(self.clip_model)}
         with _atomic(path) as file:
             torch.save(state, file)
 
@@ -619,13 +648,15 @@ class CoOp(torch.nn.Module):
                 raise ValueError("not written by CoOp.save")
             names, ctx, specific = state["classnames"] if classnames is None else list(classnames), state["ctx"], state["class_specific"]
             position, seed, text_encoder = state["class_position"], state["seed"], state["text_encoder"]
+            if ctx.ndim != 2 + specific or not ctx.isfinite().all():
+                raise ValueError(f"a context of shape {tuple(ctx.shape)}, or one that is not finite")
         except FileNotFoundError:
             raise
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # a file that is not ours can raise anything
             raise ValueError(f"{path} holds no context of ours, or is damaged ({type(error).__name__}: {str(error).strip()[:200]})") from error
-        if text_encoder != _fingerprint([model.text_projection]):
+        if text_encoder != _text_fingerprint(model):
             raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
-        if specific and names != state["classnames"]:
+        if specific and [str(name) for name in names] != state["classnames"]:
             raise ValueError(f"{path} is class-specific: it serves only the {len(state['classnames'])} classes that it was learned for")
         coop = cls(model, names, ctx.shape[-2], specific, position, seed=seed)
         coop.ctx.data.copy_(ctx)
@@ -647,7 +678,7 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} has no {'test' if data.train.images else 'training'} images: the comparison needs both")
     tests, K = {"test": data.test, **data.domains}, len(data.classnames)
-    key = [_fingerprint(model.state_dict().values()), data.classnames, n_ctx, class_position, ctx_init, epochs, views]
+    key = [_fingerprint(model.state_dict().values()), _described(preprocess), list(tests), data.classnames, n_ctx, class_position, ctx_init, epochs, views]
     key += [(s.labels, [_stamp(i) for i in s.images]) for s in (data.train, data.val, *tests.values())]
     key = hashlib.sha256(repr(key).encode()).hexdigest()
     picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
@@ -655,13 +686,14 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     def finished(cell):
         try:
             kept = json.loads(cell.with_name(cell.name + ".json").read_text())
-            return kept["accuracy"] if kept["key"] == key else None
+            whole = "linear_probe" in cell.name or cell.with_name(cell.name + ".pt").is_file()
+            return kept["accuracy"] if kept["key"] == key and whole else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     cells = {(n, seed, method): folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}" for n, seed in picks for method in methods}
     done = {which: accuracy for which, cell in cells.items() if (accuracy := finished(cell)) is not None}
-    used = [sorted({i for n, seed, method in cells.keys() - done.keys() for i in picks[n, seed][part]}) for part in (0, 1)]
+    used = [sorted({i for pick in picks.values() for i in pick[part]}) if len(done) < len(cells) else [] for part in (0, 1)]
 
     def new(method, seed):
         return CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
@@ -674,6 +706,8 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
 
     def gather(split, features, indices):
         indices = [i for i in indices if i in features]
+        if not indices:
+            raise ValueError(f"{data.name}: a split or a draw of it has no image that can be read")
         return torch.stack([features[i] for i in indices]), torch.tensor([split.labels[i] for i in indices])
 
     # The plan: what has to be computed, and how long that takes here, from a few steps and images
@@ -683,9 +717,9 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     for method, steps in n_steps.items():
         if steps:
             x, y, coop = torch.randn(32, model.text_projection.shape[1]), torch.arange(32) % K, new(method, 0)
-            coop.fit(x, y, 2, progress=False)  # warm up
+            warm = coop.fit(x, y, 2, progress=False).interrupted_
             start = time.perf_counter()
-            if coop.fit(x, y, 3, progress=False).interrupted_:
+            if warm or coop.fit(x, y, 3, progress=False).interrupted_:
                 raise KeyboardInterrupt
             seconds += steps * (time.perf_counter() - start) / 3
     start = time.perf_counter()
@@ -722,6 +756,7 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
             coop = new(method, seed)
             if coop.fit(*gather(data.train, train_views, chosen), n_epochs(n, epochs), progress=False).interrupted_:
                 raise KeyboardInterrupt  # a half-learned context is no result
+            Path(f"{cell}.json").unlink(missing_ok=True)  # an older result must not stand beside a newer context
             coop.save(f"{cell}.pt")
             accuracy = accuracies(coop.predict_proba)
         done[n, seed, method] = accuracy
@@ -853,8 +888,10 @@ def main(argv=None):
             return check(args.model, args.device)
         datasets, results = [load_dataset(name) for name in args.dataset], {}
         model, preprocess = load_clip(args.model, args.device)
+        if len({data.name for data in datasets}) < len(datasets):
+            raise ValueError("two data sets of the same name would be saved in one folder: give one of them another name, or run it with another --out")
         device, name = _device_of(model), Path(args.model).stem if Path(args.model).is_file() else args.model.replace("/", "-").replace("@", "-")
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
         published = json.loads((DATA / "published.json").read_text()).get(args.model, {})
         for data in datasets:
             folder, start = args.out / f"{name}_{data.name}", time.perf_counter()
@@ -874,7 +911,7 @@ def main(argv=None):
         if len(results) > 1:
             figure(results, f"CLIP {args.model}", args.out / f"{name}_figure.png")
             print(f"\n{average_report(results)}\n\nThe figure of all data sets: {args.out / f'{name}_figure.png'}")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; what was finished is kept under {args.out}, and the same command goes on from there\n")

@@ -187,6 +187,11 @@ def prepare(name, source, root, out):
     below = folder.relative_to(root).as_posix()
     data = {"format": 1, "name": name, "template": source.template, "classnames": [classnames[k] for k in sorted(classnames)], "images": where(root, out, name),
             "splits": {s: [[f"{below}/{path}", label] for path, label, _ in rows] for s, rows in splits.items()}}
+    try:  # domains that were added before stay, if their images lie under the same root
+        before = json.loads((out / name / "dataset.json").read_text(encoding="utf-8"))
+        data |= {"domains": before["domains"]} if before["images"] == data["images"] else {}
+    except (OSError, ValueError, KeyError):
+        pass
     write(out / name, data)
     print(f"{name}: {source.classes} classes, train / val / test {' / '.join(map(str, counts))} -> {out / name / 'dataset.json'}")
 
@@ -208,10 +213,13 @@ def add_shift(name, root, out):
         raise Unprepared(f"{name} is a domain of imagenet: prepare imagenet first ({out / 'imagenet/dataset.json'} is not there)")
     if not (root / below).is_dir():
         raise Unprepared(f"{name}: no folder {root / below}. Get it from {address} and unpack it there")
-    data = json.loads((out / "imagenet/dataset.json").read_text(encoding="utf-8"))
-    if data["images"] != where(root, out, "imagenet"):
-        raise Unprepared(f"{name}: imagenet was prepared with --root {data['images']}, so its domains must lie there too")
-    labels = {wnid: label for label, wnid in enumerate(sorted(imagenet_names(root)))}
+    try:
+        data = json.loads((out / "imagenet/dataset.json").read_text(encoding="utf-8"))
+        if data["images"] != where(root, out, "imagenet"):
+            raise Unprepared(f"{name}: imagenet was prepared with --root {data['images']}, so its domains must lie there too")
+        labels = {wnid: label for label, wnid in enumerate(sorted(imagenet_names(root)))}
+    except (OSError, ValueError, KeyError) as error:
+        raise Unprepared(f"{name}: {out / 'imagenet/dataset.json'} or classnames.txt cannot be read ({error}): prepare imagenet again") from error
     rows = class_folders(root / below, (lambda folder: int(folder) if folder.isdecimal() else None) if name == "imagenetv2" else labels.get)
     check_counts(name, {"images": len(rows), "classes": len({label for _, label in rows})}, {"images": n_images, "classes": n_classes}, root / below)
     data.setdefault("domains", {})[name] = [[f"{below}/{path}", label] for path, label in rows]

@@ -237,6 +237,20 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="ctx.pt.*damaged"):
         CoOp.load(path, tiny[0])
+    for content in (b"\x80\x02.", b"\x80\x02M"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="ctx.pt.*damaged"):
+            CoOp.load(path, tiny[0])
+    other = copy.deepcopy(tiny[0])  # the same projection, another transformer
+    other.transformer.resblocks[0].ln_1.bias.data += 1
+    CoOp(other, ["cat", "dog"], 4).save(path)
+    with pytest.raises(ValueError, match="another text encoder"):
+        CoOp.load(path, tiny[0])
+    state = torch.load(path, weights_only=True)
+    for ctx in (None, torch.zeros(4), torch.full((4, 128), math.nan)):
+        torch.save({**state, "ctx": ctx}, path)
+        with pytest.raises(ValueError, match="ctx.pt.*damaged"):
+            CoOp.load(path, other)
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="not written by CoOp.save"):
         CoOp.load(path, tiny[0])
@@ -281,23 +295,21 @@ def test_a_path_that_cannot_be_written(tiny, tmp_path):
 
 # ---------------------------------------------------------------- checkpoints of CLIP
 
-def small_clips():
-    resnet = clip.model.CLIP(32, 64, (1, 1, 1, 1), 32, None, 77, 49408, 64, 1, 1)
-    vit = clip.model.CLIP(32, 64, 2, 64, 16, 77, 49408, 64, 1, 1)
-    return {"resnet": resnet.eval(), "vit": vit.eval()}
+CLIPS = {"small resnet": (32, 64, (1, 1, 1, 1), 32, None, 77, 49408, 64, 1, 1), "small vit": (32, 64, 2, 64, 16, 77, 49408, 64, 1, 1),
+         "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12), "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)}
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("kind", CLIPS)
 @pytest.mark.parametrize("archive", [False, True])
 def test_load_clip_reads_state_dicts_and_torchscript(tmp_path, kind, archive):
-    model = small_clips()[kind]
+    model = clip.model.CLIP(*CLIPS[kind]).eval()  # real shapes, random weights
     clip.model.convert_weights(model)
     path = tmp_path / "model.pt"
     if archive:  # as OpenAI ships its weights: a scripted module, whose state dict also holds three numbers
         class Holder(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                for name, value in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
+                for name, value in (("input_resolution", CLIPS[kind][1]), ("context_length", 77), ("vocab_size", 49408)):
                     self.register_buffer(name, torch.tensor(value))
 
             def forward(self, x):
@@ -315,9 +327,20 @@ def test_load_clip_reads_state_dicts_and_torchscript(tmp_path, kind, archive):
     loaded, preprocess = load_clip(str(path), "cpu")
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters()) and not loaded.training
     model = model.float()
-    pixels, text = torch.randn(2, 3, 64, 64), clip.tokenize(["a cat", "a dog in a tree"])
-    assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels)) and torch.equal(loaded.encode_text(text), model.encode_text(text))
-    assert preprocess.transforms[0].size == 64
+    pixels, text = torch.randn(2, 3, *CLIPS[kind][1:2] * 2), clip.tokenize(["a cat", "a dog in a tree"])
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels)) and torch.equal(loaded.encode_text(text), model.encode_text(text))
+    assert preprocess.transforms[0].size == CLIPS[kind][1]
+    coop = CoOp(loaded, ["cat", "dog"], 2, seed=1)
+    coop.fit(torch.randn(2, CLIPS[kind][0]), [0, 1], epochs=1, progress=False)  # trains on the text tower of that size
+    assert coop.history_["loss"][0] > 0 and coop.ctx.isfinite().all()
+    path.unlink()
+
+
+def test_load_clip_keeps_fp32_weights_to_the_bit(tiny, tmp_path):
+    torch.save(tiny[0].state_dict(), tmp_path / "fp32.pt")
+    loaded = load_clip(tmp_path / "fp32.pt", "cpu")[0]
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in tiny[0].state_dict().items())
 
 
 def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
@@ -340,6 +363,21 @@ def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
         load_clip("ViT-L/14@336px")
 
 
+def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
+    import io
+    import urllib.request
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/RN50.pt").write_bytes(b"half a download")
+    monkeypatch.setattr(mini_coop, "SHARED", tmp_path)
+
+    class Answer(io.BytesIO):
+        def info(self):
+            return {"Content-Length": "5"}
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url: Answer(b"wrong"))
+    with pytest.warns(UserWarning, match="SHA256"), pytest.raises(RuntimeError, match="SHA256.*RN50.pt .from https://.*'mini'"):
+        load_clip("RN50", "cpu")
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("names, options, message", [
@@ -349,6 +387,7 @@ def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
     (["cat", " _ "], {}, "class 1 has an empty name"),
     (["cat", "dog"], {"n_ctx": 0}, "n_ctx must be 1 or more, not 0"),
     (["cat", "dog"], {"n_ctx": 2.5}, "n_ctx must be 1 or more, not 2.5"),
+    (["cat", "dog"], {"n_ctx": True}, "n_ctx must be 1 or more, not True"),
     (["cat", "dog"], {"class_position": "start"}, "'end', 'middle' or 'front', not 'start'"),
     (["cat", "very " * 70 + "long"], {}, "very long' with 16 context vectors makes a prompt of 90 tokens, but CLIP reads 77"),
     (["cat", "dog"], {"ctx_init": "very " * 80}, "makes a prompt of 84 tokens"),
@@ -366,6 +405,8 @@ def test_classes_of_the_same_name_are_named(tiny):
 def test_bad_templates(tiny):
     with pytest.raises(ValueError, match="has no {}"):
         zero_shot_weights(tiny[0], ["cat", "dog"], "a photo of a cat")
+    with pytest.raises(ValueError, match="no template"):
+        zero_shot_weights(tiny[0], ["cat", "dog"], [])
     with pytest.raises(ValueError, match="prompt of 83 tokens"):
         zero_shot_weights(tiny[0], ["cat", "dog"], "very " * 80 + "{}")
 
@@ -386,6 +427,7 @@ def with_(features, row, value):
     (lambda x, y: (x, with_(y, 2, -1)), "label -1 is outside"),
     (lambda x, y: (x, y[:5]), "must be 8 integers"),
     (lambda x, y: (x, y.float()), "must be 8 integers"),
+    (lambda x, y: (x, ["cat"] * 8), "must be 8 integers, the places of the classes"),
 ])
 def test_bad_features_and_labels(tiny, change, message):
     coop, (features, labels) = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2), solvable(n=2)
@@ -394,6 +436,15 @@ def test_bad_features_and_labels(tiny, change, message):
         with pytest.raises(ValueError, match=message):
             call(*change(features, labels))
     assert torch.equal(coop.ctx, start)
+
+
+def test_zero_epochs_train_nothing_and_a_negative_number_is_refused(tiny):
+    coop, (features, labels) = CoOp(tiny[0], iter(["cat", "dog", "ox", "bird"]), 2), solvable(n=2)
+    start = coop.ctx.detach().clone()
+    assert torch.equal(coop.fit(features, labels, epochs=0, progress=False).ctx, start) and coop.classnames[3] == "bird"
+    for options in ({"epochs": -1}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be 1 or more and epochs 0 or more"):
+            coop.fit(features, labels, **options)
 
 
 def test_numpy_is_welcome(tiny):

@@ -96,6 +96,10 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path):
     ({"splits": {"train": [["a.png", 0], ["gone.png", 0]]}}, "1 of 2 images of 'train' are missing, first .*gone.png"),
     ({"splits": {"train": [["a.png", 2]]}}, "label 2 in 'train', but there are 2 classes"),
     ({"format": 2}, "is not in our form.*format 2, but this version reads 1: prepare it again"),
+    ({"splits": {"validation": []}}, "is not in our form.*validation is neither"),
+    ({"domains": {"test": []}}, "is not in our form.*test is neither"),
+    ({"template": None}, "is not in our form.*template must be a text"),
+    ({"splits": {"train": [["a.png", 1.0]]}}, "label 1.0 in 'train'"),
     ({"splits": None}, "is not in our form"),
     ({"classnames": None}, "is not in our form"),
 ])
@@ -152,6 +156,43 @@ def test_an_unreadable_image_is_named_and_the_rest_is_kept(tiny, tmp_path):
     assert features.isfinite().all(1).tolist() == [True, False, True]
     with pytest.raises(ValueError, match="no images to encode"):
         encode_images(*tiny, [])
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "good.png", "a.png")
+        archive.write(tmp_path / "good.png", "b.png")
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[60] ^= 255  # a flipped byte inside of a.png
+    (tmp_path / "images.zip").write_bytes(content)
+    with pytest.warns(UserWarning, match="1 of 2 images cannot be read.*a.png"):
+        features = encode_images(*tiny, [tmp_path / "images.zip/a.png", tmp_path / "images.zip/b.png"], progress=False)
+    assert features.isfinite().all(1).tolist() == [False, True]
+
+
+def test_an_images_views_do_not_depend_on_the_others(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 255, (90, 70, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    both = encode_images(*tiny, [tmp_path / "a.png", tmp_path / "b.png"], views=3, progress=False)
+    assert torch.allclose(encode_images(*tiny, [tmp_path / "b.png"], views=3, progress=False)[0], both[1], atol=1e-5)
+
+
+def test_a_replaced_archive_is_read_anew(tmp_path):
+    for colour in ((200, 0, 0), (0, 0, 200)):
+        picture(tmp_path / "a.png", colour)
+        with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+            archive.write(tmp_path / "a.png", "a.png")
+        os.utime(tmp_path / "new.zip", (colour[0], colour[0]))
+        os.replace(tmp_path / "new.zip", tmp_path / "images.zip")
+        assert open_image(tmp_path / "images.zip/a.png").getpixel((0, 0)) == colour
+
+
+def test_folders_that_are_called_train(tmp_path):
+    for name in ("bus", "train"):
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png")
+    assert load_dataset(tmp_path).classnames == ["bus", "train"]
+    picture(tmp_path / "tram/0.png")
+    with pytest.warns(UserWarning, match="no test images of 1 of 3 classes: tram"):
+        load_dataset(tmp_path)
 
 
 def test_cached_features_are_used_only_if_nothing_changed(tiny, tmp_path, monkeypatch):

@@ -134,6 +134,8 @@ def test_imagenet_and_its_shifts(tmp_path, monkeypatch, capsys):
     assert data.classnames == ["tench", "goldfish", "great white shark"] and data.train.labels == [0, 0, 1, 1, 2, 2] and data.val.images == []
     assert set(data.domains) == set(prepare.SHIFTS) and data.domains["imagenetv2"].labels == [0, 1, 2]
     assert data.domains["imagenet_a"].labels == data.domains["imagenet_r"].labels == [1, 2]
+    assert run(capsys, "imagenet", "--root", tmp_path, "--out", tmp_path / "out")[0]  # prepared again, the domains stay
+    assert set(load_dataset(tmp_path / "out/imagenet").domains) == set(prepare.SHIFTS)
     touch(tmp_path / "imagenet-sketch/images/n99/x.JPEG")
     worked, out = run(capsys, "imagenet_sketch", "--root", tmp_path, "--out", tmp_path / "out")
     assert not worked and "'n99' that is no class of ImageNet" in out
