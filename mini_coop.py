@@ -765,6 +765,11 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     return {"zero_shot": zero_shot, "few_shot": {m: {str(n): [done[n, seed, m] for seed in seeds] for n in shots} for m in methods}}
 
 
+def run_folder(out, model, dataset):
+    """Where the main job saves what it learns with a model (a name or a checkpoint) on a data set, below its --out."""
+    return Path(out) / f"{Path(model).stem if Path(model).is_file() else model.replace('/', '-').replace('@', '-')}_{dataset}"
+
+
 def mean_std(rows, split="test"):
     """Mean and standard deviation over seeds of one split's accuracies."""
     values = [row[split] for row in rows]
@@ -890,11 +895,11 @@ def main(argv=None):
         model, preprocess = load_clip(args.model, args.device)
         if len({data.name for data in datasets}) < len(datasets):
             raise ValueError("two data sets of the same name would be saved in one folder: give one of them another name, or run it with another --out")
-        device, name = _device_of(model), Path(args.model).stem if Path(args.model).is_file() else args.model.replace("/", "-").replace("@", "-")
+        device = _device_of(model)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
         published = json.loads((DATA / "published.json").read_text()).get(args.model, {})
         for data in datasets:
-            folder, start = args.out / f"{name}_{data.name}", time.perf_counter()
+            folder, start = run_folder(args.out, args.model, data.name), time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
             print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
             methods = METHODS[not data.val.images:3 - (args.class_specific == "no")]
@@ -909,8 +914,9 @@ def main(argv=None):
             figure({data.name: result}, f"CLIP {args.model}", folder / "figure.png")
             print(f"\n{report(result, published.get(data.name))}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
         if len(results) > 1:
-            figure(results, f"CLIP {args.model}", args.out / f"{name}_figure.png")
-            print(f"\n{average_report(results)}\n\nThe figure of all data sets: {args.out / f'{name}_figure.png'}")
+            path = run_folder(args.out, args.model, "figure.png")
+            figure(results, f"CLIP {args.model}", path)
+            print(f"\n{average_report(results)}\n\nThe figure of all data sets: {path}")
     except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
