@@ -335,10 +335,12 @@ def _encode(model, preprocess, images, views, batch_size, seed, workers, progres
     if workers is None:
         workers = min(8, os.cpu_count()) if sys.platform == "linux" and os.cpu_count() > 2 and len(images) * views > 4000 else 0
     loader = torch.utils.data.DataLoader(_Views(images, transform, views, seed, n_px), max(1, batch_size // views), num_workers=workers,
-                                         multiprocessing_context="fork" if workers and sys.platform == "linux" else None, generator=torch.Generator())
+                                         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+                                         generator=torch.Generator(), pin_memory=device.type == "cuda")
     features, unreadable = [], []
     for pixels, reasons in tqdm(loader, desc="encoding images", disable=not progress, leave=False):
-        x = model.encode_image(pixels.flatten(0, 1).to(device)).float()  # (B * V, E)
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):  # as OpenAI's weights were trained
+            x = model.encode_image(pixels.flatten(0, 1).to(device, non_blocking=True)).float()  # (B * V, E)
         features.append(F.normalize(x, dim=-1).unflatten(0, (-1, views)))
         unreadable += [r for r in reasons if r]
     features = torch.cat(features)
