@@ -127,7 +127,7 @@ def test_a_folder_without_test_images(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ("--dataset nowhere", "no data set 'nowhere': neither a folder nor one of actions, designers, objects"),
+    ("--dataset nowhere", "no data set 'nowhere': neither a folder nor one of actions, "),
     ("--dataset styles styles", "two data sets of the same name"),
     ("--model RN5", "neither 'mini', nor one of RN50"),
     ("--shots 0", "'0' is not a whole number of 1 or more"),
