@@ -670,6 +670,16 @@ class CoOp(torch.nn.Module):
 METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
 
 
+def _seconds_a_step(coop):
+    """How long a training step of this context takes here: three are timed, after two to warm up."""
+    features, labels = torch.randn(32, coop.clip_model.text_projection.shape[1]), torch.arange(32) % len(coop.classnames)
+    for epochs in (2, 3):
+        start = time.perf_counter()
+        if coop.fit(features, labels, epochs, progress=False).interrupted_:
+            raise KeyboardInterrupt
+    return (time.perf_counter() - start) / 3
+
+
 def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16, class_position="end", ctx_init=None, epochs=None, views=1):
     """Zero-shot with every template, then every cell, a method x shots x seed, on one data set; contexts are saved in `folder`.
 
@@ -715,15 +725,8 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     # The plan: what has to be computed, and how long that takes here, from a few steps and images
     n_steps = {method: sum(n_epochs(n, epochs) * max(1, len(picks[n, seed][0]) // 32) for n, seed, m in cells.keys() - done.keys() if m == method)
                for method in methods if method != "linear probe"}
-    n_images, seconds = len(used[0]) * (1 + views * (views > 1)) + len(used[1]) + sum(len(s.images) for s in tests.values()), 0
-    for method, steps in n_steps.items():
-        if steps:
-            x, y, coop = torch.randn(32, model.text_projection.shape[1]), torch.arange(32) % K, new(method, 0)
-            warm = coop.fit(x, y, 2, progress=False).interrupted_
-            start = time.perf_counter()
-            if warm or coop.fit(x, y, 3, progress=False).interrupted_:
-                raise KeyboardInterrupt
-            seconds += steps * (time.perf_counter() - start) / 3
+    n_images = len(used[0]) * (1 + views * (views > 1)) + len(used[1]) + sum(len(s.images) for s in tests.values())
+    seconds = sum(steps * _seconds_a_step(new(method, 0)) for method, steps in n_steps.items() if steps)
     start = time.perf_counter()
     _encode(model, preprocess, data.test.images[:32], 1, 32, 0, 0, False)
     seconds += n_images * (time.perf_counter() - start) / len(data.test.images[:32])
