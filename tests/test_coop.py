@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mini_coop
 from mini_coop import CoOp, encode_images, learning_rate, linear_probe, load_clip, zero_shot_weights
@@ -38,23 +39,27 @@ def naive_logits(coop, image_features):
     return model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-@pytest.mark.parametrize("at_once", [6000, 30])  # all classes together; in chunks
+@pytest.mark.parametrize("chunk, kept", [(1000, 6000), (30, 6000), (30, 30)])  # all classes together; in chunks; computed again
 @pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
 @pytest.mark.parametrize("class_specific", [False, True])
-def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init, at_once, monkeypatch):
-    monkeypatch.setattr(mini_coop, "TOKENS_AT_ONCE", at_once)
+def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init, chunk, kept, monkeypatch):
+    monkeypatch.setattr(mini_coop, "CHUNK", chunk)
+    monkeypatch.setattr(mini_coop, "KEPT", kept)
+    again = []
+    monkeypatch.setattr(mini_coop, "checkpoint", lambda *args, **options: again.append(1) or checkpoint(*args, **options))
     init = ctx_init if n_ctx == 4 or not ctx_init else ctx_init + " big"  # even and odd M for words too
     coop = CoOp(tiny[0], NAMES, n_ctx, class_specific, class_position, init, seed=3)
     assert coop.n_ctx == n_ctx and coop.ctx.shape == ((5, n_ctx, 128) if class_specific else (n_ctx, 128))
-    assert (len(coop._chunks) > 1) == (at_once == 30)
+    assert (len(coop._chunks) > 1) == (chunk == 30)
     images, labels = torch.randn(7, 32), torch.tensor([0, 1, 2, 3, 4, 1, 2])
     results = []
     for logits in (coop(images), naive_logits(coop, images)):
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), coop.ctx)
         results.append((logits.detach(), gradient))
     (ours, ours_gradient), (naive, naive_gradient) = results
+    assert bool(again) == (kept == 30)
     assert torch.allclose(ours, naive, atol=1e-4 * naive.abs().max(), rtol=0)
     assert naive_gradient.abs().max() > 0
     assert torch.allclose(ours_gradient, naive_gradient, atol=1e-4 * naive_gradient.abs().max(), rtol=0)
@@ -141,6 +146,21 @@ def test_the_recipe_by_hand(tiny):
             velocity = 0.9 * velocity + gradient + 5e-4 * ctx
             ctx = ctx - lr * velocity
     assert torch.allclose(coop.ctx, ctx, atol=1e-4, rtol=0)  # rounding: 3e-7
+
+
+def test_fp16_with_its_loss_scaled_learns_the_same(tiny, monkeypatch):
+    """What a card without bf16 runs, on the CPU: the same steps, none of them skipped."""
+    features, labels = solvable()
+    scales, step = [], torch.amp.GradScaler.step
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda self, optimizer: scales.append(self.get_scale()) or step(self, optimizer))
+    contexts, losses = [], []
+    for half in (None, torch.float16):
+        monkeypatch.setattr(mini_coop, "half_precision", lambda device, half=half: half)
+        coop = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 4).fit(features, labels, epochs=30, lr=0.02, progress=False)
+        contexts.append(coop.ctx - CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 4).ctx)
+        losses.append(coop.history_["loss"])
+    assert scales[0] == 1 and scales[-1] == 1024 and coop.ctx.dtype == torch.float32
+    assert F.cosine_similarity(*(c.flatten() for c in contexts), dim=0) > 0.99 and abs(losses[0][-1] - losses[1][-1]) < 0.02 * losses[0][-1]
 
 
 def test_views_are_drawn_per_epoch(tiny):
@@ -327,6 +347,7 @@ def test_load_clip_reads_state_dicts_and_torchscript(tmp_path, kind, archive):
     loaded, preprocess = load_clip(str(path), "cpu")
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters()) and not loaded.training
     model = model.float()
+    model.visual.to(memory_format=torch.channels_last)  # as load_clip does, for the same rounding
     pixels, text = torch.randn(2, 3, *CLIPS[kind][1:2] * 2), clip.tokenize(["a cat", "a dog in a tree"])
     with torch.no_grad():
         assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels)) and torch.equal(loaded.encode_text(text), model.encode_text(text))
@@ -389,7 +410,7 @@ def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
     (["cat", "dog"], {"n_ctx": 2.5}, "n_ctx must be 1 or more, not 2.5"),
     (["cat", "dog"], {"n_ctx": True}, "n_ctx must be 1 or more, not True"),
     (["cat", "dog"], {"class_position": "start"}, "'end', 'middle' or 'front', not 'start'"),
-    (["cat", "very " * 70 + "long"], {}, "very long' with 16 context vectors makes a prompt of 90 tokens, but CLIP reads 77"),
+    (["cat", "very " * 70 + "long"], {}, "very long.' with 16 context vectors makes a prompt of 90 tokens, but CLIP reads 77"),
     (["cat", "dog"], {"ctx_init": "very " * 80}, "makes a prompt of 84 tokens"),
 ])
 def test_bad_classes_and_options(tiny, names, options, message):

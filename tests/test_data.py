@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import mini_coop
-from mini_coop import encode_images, few_shot, load_dataset, open_image
+from mini_coop import encode_images, few_shot, grid, load_dataset, open_image
 
 TASKS = ["objects", "pixels", "styles", "designers", "actions"]
 PERMISSIVE = {"MIT", "ISC", "Apache-2.0", "CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "OFL-1.1", "BSD-3-Clause", "Unlicense"}
@@ -198,8 +198,8 @@ def test_folders_that_are_called_train(tmp_path):
 def test_cached_features_are_used_only_if_nothing_changed(tiny, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", (0, 0, 200))
-    files, calls, encode = [tmp_path / "a.png", tmp_path / "b.png"], [], mini_coop._encode
-    monkeypatch.setattr(mini_coop, "_encode", lambda *args: calls.append(1) or encode(*args))
+    files, calls, views = [tmp_path / "a.png", tmp_path / "b.png"], [], mini_coop.Views
+    monkeypatch.setattr(mini_coop, "Views", lambda *args: calls.append(1) or views(*args))
     get = lambda files=files, model=tiny[0], **options: encode_images(model, tiny[1], files, progress=False, cache=tmp_path / "cache", **options)  # noqa: E731
     first = get()
     assert torch.equal(get(), first) and len(calls) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
@@ -346,6 +346,6 @@ def test_zero_shot_is_what_the_card_says(mini):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scores = {t: 100 * ((features @ mini_coop.zero_shot_weights(mini[0], data.classnames, t).T).argmax(1) == labels).float().mean().item()
-                  for t in (data.template, *mini_coop.TEMPLATES)}
+                  for t in (data.template, *grid.TEMPLATES)}
     declared = scores[data.template]  # 80.3 on the card
     assert declared > 79 and declared - scores["a photo of a {}."] > 30 and declared - min(scores.values()) > 55

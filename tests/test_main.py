@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 import mini_coop
-from mini_coop import CoOp, load_clip
+from mini_coop import CoOp, grid, load_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mini_coop.main("--dataset styles --shots 1 2 --seeds 1 2 --n-ctx 2 --epochs 3 --device cpu".split())
+    grid.main("--dataset styles --shots 1 2 --seeds 1 2 --n-ctx 2 --epochs 3 --device cpu".split())
     out = capsys.readouterr().out
     folder = tmp_path / "runs/mini_styles"
     result = json.loads((folder / "results.json").read_text())
@@ -47,7 +47,7 @@ def test_own_folder_with_an_unreadable_image_and_views(tmp_path, capsys):
     load_one = mini_coop.load_dataset(tmp_path / "photos").train.images[0]
     load_one.write_bytes(b"no image")
     with pytest.warns(UserWarning, match="cannot be read"):
-        mini_coop.main(["--dataset", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), *"--shots 4 --seeds 1 --views 2 --n-ctx 1 "
+        grid.main(["--dataset", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), *"--shots 4 --seeds 1 --views 2 --n-ctx 1 "
                         "--epochs 2 --class-specific no --device cpu".split()])
     out = capsys.readouterr().out
     assert "photos: 2 classes" in out and "class-specific" not in out and (tmp_path / "out/mini_photos/results.json").exists()
@@ -58,7 +58,7 @@ def test_ctrl_c_writes_no_half_result(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(mini_coop, "learning_rate", interrupt)
     with pytest.raises(SystemExit) as stop:
-        mini_coop.main(["--dataset", "styles", "--shots", "1", "--seeds", "1", "--class-specific", "no", "--device", "cpu", "--out", str(tmp_path)])
+        grid.main(["--dataset", "styles", "--shots", "1", "--seeds", "1", "--class-specific", "no", "--device", "cpu", "--out", str(tmp_path)])
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
     assert not list(tmp_path.rglob("CoOp*")) and not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("*.part"))
 
@@ -67,39 +67,39 @@ def test_a_finished_cell_is_not_run_again_and_a_damaged_or_outdated_one_is(tmp_p
     calls, fit = [], CoOp.fit
     monkeypatch.setattr(CoOp, "fit", lambda self, x, *rest, **kw: (calls.append(len(x)) if len(x) != 32 else None) or fit(self, x, *rest, **kw))
     options = ["--dataset", "styles", "--shots", "1", "2", "--seeds", "1", "2", "--n-ctx", "1", "--device", "cpu", "--out", str(tmp_path)]
-    mini_coop.main([*options, "--epochs", "1"])
+    grid.main([*options, "--epochs", "1"])
     assert len(calls) == 8 and "plan: 12 of 12 cells" in capsys.readouterr().out  # 2 shots x 2 seeds x 2 contexts; and 4 probes
     first = json.loads((tmp_path / "mini_styles/results.json").read_text())
-    mini_coop.main([*options, "--epochs", "1"])
+    grid.main([*options, "--epochs", "1"])
     assert len(calls) == 8 and "plan: 0 of 12 cells" in capsys.readouterr().out
     again = json.loads((tmp_path / "mini_styles/results.json").read_text())
     assert again["few_shot"] == first["few_shot"] and again["zero_shot"] == first["zero_shot"]
     cell = tmp_path / "mini_styles/CoOp_unified_2_shots_seed_1.json"
     cell.write_text(cell.read_text()[:30])  # half written
-    mini_coop.main([*options, "--epochs", "1"])
+    grid.main([*options, "--epochs", "1"])
     assert calls[8:] == [16] and json.loads(cell.read_text())["accuracy"]
-    mini_coop.main([*options, "--epochs", "2"])  # another setting: nothing of it is finished
+    grid.main([*options, "--epochs", "2"])  # another setting: nothing of it is finished
     assert len(calls) == 9 + 8
 
 
 def test_several_data_sets_and_the_published_figures(tmp_path, capsys):
-    mini_coop.main(["--dataset", "styles", "actions", *"--shots 1 --seeds 1 --n-ctx 1 --epochs 1 --device cpu".split(), "--out", str(tmp_path)])
+    grid.main(["--dataset", "styles", "actions", *"--shots 1 --seeds 1 --n-ctx 1 --epochs 1 --device cpu".split(), "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "average of 2 data sets" in out and Image.open(tmp_path / "mini_figure.png").size[0] > 900
     results = {t: json.loads((tmp_path / f"mini_{t}/results.json").read_text()) for t in ("styles", "actions")}
     mean = sum(r["few_shot"]["CoOp unified"]["1"][0]["test"] for r in results.values()) / 2
     assert re.search(rf"CoOp unified +{mean:.1f}$", out, re.M)
     published = json.loads((mini_coop.DATA / "published.json").read_text())["RN50"]["imagenet"]
-    for method in mini_coop.METHODS:
+    for method in grid.METHODS:
         results["styles"]["few_shot"][method] = {"1": [{"test": 50.0, "imagenet_a": 20.0}]}
     results["styles"]["zero_shot"] = {t: {**row, "imagenet_a": 10.0} for t, row in results["styles"]["zero_shot"].items()}
-    text = mini_coop.report(results["styles"], published)
+    text = grid.report(results["styles"], published)
     assert re.search(r"CoOp unified +50.0 ± 0.0\n +published +57.15", text) and re.search(r"published, declared template +58.2", text)
     assert re.search(r"CoOp unified +20.0 ± 0.0\n +published +23.06", text) and re.search(r"published +21.83", text)
 
 
 def test_check_prints_what_a_bug_report_needs(capsys):
-    mini_coop.main(["--check", "--device", "cpu"])
+    grid.main(["--check", "--device", "cpu"])
     out = capsys.readouterr().out
     for what in ("python ", "torch ", "CUDA", "OpenAI's weights found", "data sets found", "objects", "one forward pass of mini     fine on cpu"):
         assert what in out, what
@@ -122,7 +122,7 @@ def test_a_folder_without_test_images(tmp_path, capsys):
         (tmp_path / "photos/train" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64), name).save(tmp_path / "photos/train" / name / "a.png")
     with pytest.raises(SystemExit):
-        mini_coop.main(["--dataset", str(tmp_path / "photos"), "--device", "cpu", "--out", str(tmp_path / "out")])
+        grid.main(["--dataset", str(tmp_path / "photos"), "--device", "cpu", "--out", str(tmp_path / "out")])
     assert "photos has no test images" in capsys.readouterr().err
 
 
@@ -137,7 +137,7 @@ def test_a_folder_without_test_images(tmp_path, capsys):
 def test_wrong_options_say_what_is_allowed(options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        mini_coop.main(options.split())
+        grid.main(options.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import mini_coop
-from mini_coop import few_shot, load_dataset
+from mini_coop import few_shot, grid, load_dataset
 
 sys.path.insert(0, str(mini_coop.DATA))
 import prepare  # noqa: E402
@@ -148,8 +148,8 @@ def test_a_domain_of_some_classes_is_a_task_of_those(tmp_path, monkeypatch, caps
     imagenet(tmp_path, monkeypatch)
     run(capsys, "imagenet", "imagenet_a", "--root", tmp_path, "--out", tmp_path / "out")
     data = load_dataset(tmp_path / "out/imagenet")
-    monkeypatch.setattr(mini_coop, "zero_shot_weights", lambda model, names, template: -10 * mini_coop.torch.eye(3, 256) * mini_coop.torch.tensor([[0.], [1], [1]]))
-    result = mini_coop.experiment(*mini, data, tmp_path, [1], [1], ["CoOp unified"], n_ctx=1, epochs=1)
+    monkeypatch.setattr(grid, "zero_shot_weights", lambda model, names, template: -10 * mini_coop.torch.eye(3, 256) * mini_coop.torch.tensor([[0.], [1], [1]]))
+    result = grid.experiment(*mini, data, tmp_path, [1], [1], ["CoOp unified"], n_ctx=1, epochs=1)
     assert result["zero_shot"][data.template]["imagenet_a"] in (0, 50, 100)  # class 0, which scores highest, is not among the answers
     assert result["zero_shot"][data.template]["imagenet_a"] > 0
 
