@@ -39,27 +39,27 @@ def naive_logits(coop, image_features):
     return model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-@pytest.mark.parametrize("chunk, kept", [(1000, 6000), (30, 6000), (30, 30)])  # all classes together; in chunks; computed again
+@pytest.mark.parametrize("group, at_once", [(50, 6000), (2, 6000), (2, 30)])  # padded together; in groups; in chunks, computed again
 @pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
 @pytest.mark.parametrize("class_specific", [False, True])
-def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init, chunk, kept, monkeypatch):
-    monkeypatch.setattr(mini_coop, "CHUNK", chunk)
-    monkeypatch.setattr(mini_coop, "KEPT", kept)
+def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init, group, at_once, monkeypatch):
+    monkeypatch.setattr(mini_coop, "GROUP", group)
+    monkeypatch.setattr(mini_coop, "TOKENS_AT_ONCE", at_once)
     again = []
     monkeypatch.setattr(mini_coop, "checkpoint", lambda *args, **options: again.append(1) or checkpoint(*args, **options))
     init = ctx_init if n_ctx == 4 or not ctx_init else ctx_init + " big"  # even and odd M for words too
     coop = CoOp(tiny[0], NAMES, n_ctx, class_specific, class_position, init, seed=3)
     assert coop.n_ctx == n_ctx and coop.ctx.shape == ((5, n_ctx, 128) if class_specific else (n_ctx, 128))
-    assert (len(coop._chunks) > 1) == (chunk == 30)
+    assert (len(coop._chunks) > 1) == (at_once == 30) and (len(coop._chunks[0][3]) > 1) == (group == 2)
     images, labels = torch.randn(7, 32), torch.tensor([0, 1, 2, 3, 4, 1, 2])
     results = []
     for logits in (coop(images), naive_logits(coop, images)):
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), coop.ctx)
         results.append((logits.detach(), gradient))
     (ours, ours_gradient), (naive, naive_gradient) = results
-    assert bool(again) == (kept == 30)
+    assert bool(again) == (at_once == 30)
     assert torch.allclose(ours, naive, atol=1e-4 * naive.abs().max(), rtol=0)
     assert naive_gradient.abs().max() > 0
     assert torch.allclose(ours_gradient, naive_gradient, atol=1e-4 * naive_gradient.abs().max(), rtol=0)
@@ -412,6 +412,7 @@ def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
     (["cat", "dog"], {"class_position": "start"}, "'end', 'middle' or 'front', not 'start'"),
     (["cat", "very " * 70 + "long"], {}, "very long.' with 16 context vectors makes a prompt of 90 tokens, but CLIP reads 77"),
     (["cat", "dog"], {"ctx_init": "very " * 80}, "makes a prompt of 84 tokens"),
+    (["cat", "dog"], {"ctx_init": " "}, "not 0: ctx_init has no words"),
 ])
 def test_bad_classes_and_options(tiny, names, options, message):
     with pytest.raises(ValueError, match=message):
