@@ -36,7 +36,7 @@ from mini_coop.datasets import DATA, SHARED, Views, atomic, few_shot, kept, load
 
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
 GROUP = 50  # classes, of like length, padded together on a CPU: 10 % faster at 100 classes, 30 % at 1000
-TOKENS_AT_ONCE = 6000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
+TOKENS_AT_ONCE = 5000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
 
 
 def fingerprint(module, skip=()):
@@ -196,6 +196,7 @@ def _clean(classnames):
     """Class names as a prompt says them; the errors and the warning that belong to them."""
     if isinstance(classnames, str):
         raise ValueError("classnames must be a list of class names")
+    classnames = list(classnames)
     names = [str(name).replace("_", " ").strip() for name in classnames]
     if not names:
         raise ValueError("the list of class names is empty")
@@ -226,7 +227,7 @@ def zero_shot_weights(model, classnames, templates):
 
     Each template's features are normalised, averaged over templates and normalised again. Class k scores `image @ weights[k]`.
     """
-    names, weights, templates = _clean(list(classnames)), 0, [templates] if isinstance(templates, str) else list(templates)
+    names, weights, templates = _clean(classnames), 0, [templates] if isinstance(templates, str) else list(templates)
     if not templates:
         raise ValueError("no template to write the class names into")
     for template in templates:
