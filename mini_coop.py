@@ -6,8 +6,9 @@ changes, images are encoded once and training sees features only. Left out on pu
 during training (the paper tests the last step's context). How data sets are read is in data/datasets.py; data/grid.py is the
 main job, `python mini_coop.py`, which compares CoOp with its baselines.
 
-Shapes, in every comment: B images, K classes, M context vectors, L tokens of a prompt, D text width, E joint embedding;
-P tokens at the start of a prompt that all classes share, at most R tokens that are a class's own, N of all classes together.
+Shapes, in every comment: B images of a batch, N images in all, V views of an image, K classes, M context vectors, L tokens of a
+prompt, D text width, E joint embedding. On the text side: P tokens at the start of a prompt that all classes share, at most R
+tokens that are a class's own, N of all classes together.
 """
 import functools
 import hashlib
@@ -32,10 +33,10 @@ with warnings.catch_warnings():  # the registry's copy imports pkg_resources, wh
     from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
 
 __path__ = [str(Path(__file__).resolve().with_name("data"))]  # so that mini_coop.datasets is data/datasets.py
-from mini_coop.datasets import DATA, SHARED, Views, atomic, few_shot, kept, load_dataset, open_image  # noqa: E402, F401
+from mini_coop.datasets import DATA, SHARED, Views, atomic, effect, few_shot, kept, load_dataset, open_image  # noqa: E402, F401
 
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
-GROUP = 50  # classes, of like length, padded together on a CPU: 10 % faster at 100 classes, 30 % at 1000
+GROUP = 50  # classes padded together on a CPU (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000
 TOKENS_AT_ONCE = 5000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
 
 
@@ -114,7 +115,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     if not images or views < 1:
         raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
     if cache is not None:
-        key = fingerprint(model.visual), str(preprocess), views, seed * (views > 1)
+        key = fingerprint(model.visual), str(preprocess), effect(preprocess), views, seed
         encode = functools.partial(encode_images, model, preprocess, images, views, batch_size, seed, workers, progress)
         return kept(cache, key, images, encode).to(model.text_projection.device)
     device, n_px = model.text_projection.device, model.visual.input_resolution

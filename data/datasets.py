@@ -1,13 +1,12 @@
 """Data sets and images, as mini_coop.py reads them: `mini_coop.datasets` is this file.
 
-One form on disk for all, documented in data/README.md; and plain folders of images. Nothing here knows of prompts.
+One form on disk for all, documented in data/README.md, and plain folders of images; few-shot samples; features kept on disk.
 """
 import functools
 import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import re
 import warnings
@@ -47,6 +46,7 @@ def load_dataset(name_or_folder):
     name_or_folder: the name of a folder in data/ or in $MINI_COOP_ROOT, or the path of a folder that holds either dataset.json
     (the form is in data/README.md) or one folder a class, `root/<class name>/*.jpg`, with or without `train/`, `val/`, `test/`
     above. Without them each class's images are dealt 50 / 20 / 30 by a fixed seed, as the paper does where there are no splits.
+    A known name goes before a folder of the same name here: write "./actions" for that.
     Raises ValueError for an unknown name, a folder without images, and a dataset.json that is broken or names missing files.
     """
     known = {p.parent.name: p.parent for place in (SHARED, DATA) for p in sorted(place.glob("*/dataset.json"))}
@@ -57,7 +57,7 @@ def load_dataset(name_or_folder):
     if not file.exists():
         return _image_folder(folder, parts)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
         if data.get("format", 1) != 1:
             raise ValueError(f"format {data['format']!r}, but this version reads 1: prepare it again")
         classnames, template, domains = data["classnames"], data["template"], data.get("domains", {})
@@ -66,8 +66,10 @@ def load_dataset(name_or_folder):
             raise ValueError(f"splits are train, val and test, domains have other names; {', '.join(sorted(wrong))} is neither")
         splits = {name: Split([root / image for image, _ in rows], [label for _, label in rows])
                   for name, rows in [*data["splits"].items(), *domains.items()]}
-        if not isinstance(template, str) or "{}" not in template or not all(isinstance(name, str) for name in classnames):
-            raise ValueError("the template must be a text with {} in it, the class names a list of texts")
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError("the template must be a text with {} in it")
+        if not isinstance(classnames, list) or not classnames or not all(isinstance(name, str) for name in classnames):
+            raise ValueError("the class names must be a list of texts")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not in our form (data/README.md): {type(error).__name__} {error}") from error
     inside = {root / name for name in zipfile.ZipFile(root).namelist()} if zipfile.is_zipfile(root) else None
@@ -82,16 +84,17 @@ def load_dataset(name_or_folder):
 
 def _image_folder(root, parts):
     def images_of(folder):  # none where there is no such folder
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+                      and not any(name.startswith((".", "__MACOSX")) for name in path.relative_to(root).parts))
 
-    split = any(images_of(folder) for part in parts for folder in (root / part).glob("*"))
-    tops = [root / part for part in parts] if split else [root]
+    given = any(images_of(folder) for part in parts for folder in (root / part).glob("*"))
+    tops = [root / part for part in parts] if given else [root]
     classes = sorted({folder.name for top in tops for folder in top.glob("*") if images_of(folder)})
     if not classes:
         raise ValueError(f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, test/ above the class folders")
     splits = [Split([], []) for _ in parts]
     for label, name in enumerate(classes):
-        if split:
+        if given:
             dealt = [images_of(root / part / name) for part in parts]
         else:
             images = images_of(root / name)
@@ -101,8 +104,12 @@ def _image_folder(root, parts):
         for (split_images, split_labels), images in zip(splits, dealt):
             split_images += images
             split_labels += [label] * len(images)
-    if untested := [name for label, name in enumerate(classes) if label not in splits[2].labels]:
-        warnings.warn(f"{root}: no test images of {len(untested)} of {len(classes)} classes: {', '.join(untested[:5])}", stacklevel=3)
+    for part, split in zip(parts, splits):
+        without = [name for label, name in enumerate(classes) if label not in split.labels]
+        if without and part != "val":
+            warnings.warn(f"{root}: no {part} images of {len(without)} of {len(classes)} classes: {', '.join(without[:5])}", stacklevel=3)
+    if ignored := [folder.name for folder in root.glob("*") if given and folder.name not in parts and images_of(folder)]:
+        warnings.warn(f"{root}: beside train, val and test these folders are not read: {', '.join(ignored[:5])}", stacklevel=3)
     return Dataset(root.resolve().name, classes, "a photo of a {}.", *splits, {})
 
 
@@ -157,7 +164,7 @@ def open_image(image):
 
 
 class Views(torch.utils.data.Dataset):
-    """Image i -> (V, 3, n_px, n_px), V applications of the transform, and "" or, for one that cannot be read, NaN and the reason."""
+    """Image i -> (V, 3, n_px, n_px), V applications of the transform, and ""; of one that cannot be read NaN, and the reason."""
 
     def __init__(self, images, transform, views, seed, n_px):
         self.images, self.transform, self.views, self.seed, self.n_px = images, transform, views, seed, n_px
@@ -169,7 +176,7 @@ class Views(torch.utils.data.Dataset):
         try:
             image = open_image(self.images[i])
             name = i if isinstance(self.images[i], Image.Image) else Path(self.images[i]).name
-            with torch.random.fork_rng(devices=[]):  # the same views whatever the batch size, the workers and the other images
+            with torch.random.fork_rng(devices=[]):  # a file's views are the same whatever the batch size, workers and other files
                 torch.default_generator.manual_seed(random.Random(f"{self.seed} {name}").getrandbits(32))
                 return torch.stack([self.transform(image) for _ in range(self.views)]), ""
         except Exception as error:  # broken files and archives raise anything
@@ -194,10 +201,21 @@ def atomic(path):
 def stamp(image):
     """What an image's features depend on: its pixels, or its path and its file's size and time (an archive's, if it is in one)."""
     if isinstance(image, Image.Image):
-        image = open_image(image)
-        return hashlib.sha256(image.tobytes()).hexdigest(), image.size
+        try:
+            image = open_image(image)
+            return hashlib.sha256(image.tobytes()).hexdigest(), image.size
+        except Exception as error:  # unreadable; its features are NaN and not kept
+            return str(error)
     file = _archive_of(Path(image)) or Path(image)
-    return str(image), *((file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else ())
+    return os.path.abspath(image), *((file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else ())
+
+
+def effect(transform):
+    """What a transform makes of noise: two lambdas print alike, but do not do the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        noise = torch.randint(256, (150, 200, 3), dtype=torch.uint8).numpy()
+        return hashlib.sha256(transform(Image.fromarray(noise)).numpy().tobytes()).hexdigest()
 
 
 def digest(*key):
@@ -206,15 +224,13 @@ def digest(*key):
 
 
 def kept(folder, key, images, compute):
-    """compute() or, if the folder keeps the features of the same key and the same images, those; features of all images are kept."""
+    """compute() or, if the folder keeps features of the same key and images, those; kept are features without a NaN."""
     file = Path(folder) / f"{digest(key, [stamp(image) for image in images])[:32]}.pt"
-    if "lambda" not in str(key):  # lambdas all print alike
-        try:
-            return torch.load(file, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            pass  # not there, or damaged: computed anew
-    features = compute()
-    if features.isfinite().all() and "lambda" not in str(key):
+    try:
+        return torch.load(file, "cpu", weights_only=True)
+    except Exception:  # not there, or cut off, which can raise anything: computed anew
+        features = compute()
+    if features.isfinite().all():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic(file) as part:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mini_coop import DATA, SHARED, CoOp, clip, encode_images, few_shot, fingerprint, linear_probe, load_clip, load_dataset, n_epochs
 from mini_coop import weights_file, zero_shot_weights
-from mini_coop.datasets import atomic, digest, stamp
+from mini_coop.datasets import atomic, digest, effect, stamp
 
 # Hand-written templates that are compared beside a data set's own; the last four are the paper's, for other data sets.
 TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.", "{} texture.",
@@ -46,7 +46,7 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} has no {'test' if data.train.images else 'training'} images: the comparison needs both")
     tests, K = {"test": data.test, **data.domains}, len(data.classnames)
-    key = digest(fingerprint(model), preprocess, list(tests), data.classnames, n_ctx, class_position, ctx_init, epochs, views,
+    key = digest(fingerprint(model), preprocess, effect(preprocess), list(tests), data.classnames, n_ctx, class_position, ctx_init, epochs, views,
                  [(split.labels, [stamp(image) for image in split.images]) for split in (data.train, data.val, *tests.values())])
     picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
 
@@ -263,8 +263,8 @@ def main(argv=None):
             folder, start = run_folder(args.out, args.model, data.name), time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
             print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
-            methods = METHODS[not data.val.images:3 - (args.class_specific == "no")]
-            methods = [m for m in methods if m != "CoOp unified" or args.class_specific != "yes"]
+            left_out = {"yes": "CoOp unified", "no": "CoOp class-specific", "both": ""}[args.class_specific]
+            methods = [m for m in METHODS if m != left_out and (data.val.images or m != "linear probe")]  # the probe wants a val split
             result = experiment(model, preprocess, data, folder, args.shots, args.seeds, methods, args.n_ctx, args.class_position,
                                 args.ctx_init, args.epochs or (50 if data.name == "imagenet" else None), args.views)
             settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where, "torch": torch.__version__}
@@ -282,3 +282,7 @@ def main(argv=None):
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; what was finished is kept under {args.out}, and the same command goes on from there\n")
+
+
+if __name__ == "__main__":
+    main()

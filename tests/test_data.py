@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import mini_coop
 from mini_coop import encode_images, few_shot, grid, load_dataset, open_image
@@ -102,6 +103,8 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path):
     ({"splits": {"train": [["a.png", 1.0]]}}, "label 1.0 in 'train'"),
     ({"splits": None}, "is not in our form"),
     ({"classnames": None}, "is not in our form"),
+    ({"classnames": "cd"}, "class names must be a list of texts"),
+    ({"classnames": []}, "class names must be a list of texts"),
 ])
 def test_a_broken_dataset_json(tmp_path, change, message):
     picture(tmp_path / "a.png")
@@ -217,6 +220,44 @@ def test_cached_features_are_used_only_if_nothing_changed(tiny, tmp_path, monkey
         kept.write_bytes(kept.read_bytes()[:300])  # cut off in writing
     again = get()
     assert len(calls) == 7 and again.isfinite().all()
+
+
+def test_the_cache_tells_transforms_seeds_and_places_apart(tiny, tmp_path, monkeypatch):
+    picture(tmp_path / "a/i.bmp")
+    picture(tmp_path / "b/i.bmp", (0, 0, 200))
+    for folder in "ab":
+        os.utime(tmp_path / folder / "i.bmp", (1, 1))  # the same name, size and time
+
+    def get(transform, seed=0):
+        transform = transforms.Compose([*tiny[1].transforms, transform])
+        return encode_images(tiny[0], transform, "i.bmp", seed=seed, progress=False, cache=tmp_path / "cache")
+    monkeypatch.chdir(tmp_path / "a")
+    plain, negative = get(transforms.Lambda(lambda x: x)), get(transforms.Lambda(lambda x: -x))  # they print alike
+    shifted = [get(transforms.RandomAffine(0, (0.9, 0.9)), seed) for seed in (0, 1)]
+    monkeypatch.chdir(tmp_path / "b")
+    elsewhere = get(transforms.Lambda(lambda x: x))
+    found = [plain, negative, elsewhere, *shifted]
+    assert not any(torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i]) and len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def test_an_unreadable_pil_image_and_the_cache(tiny, tmp_path):
+    picture(tmp_path / "a.png", size=(200, 200))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    with pytest.warns(UserWarning, match="1 of 2 images cannot be read"):
+        features = encode_images(*tiny, [Image.open(tmp_path / "a.png"), Image.new("RGB", (9, 9))], progress=False, cache=tmp_path / "cache")
+    assert features.isfinite().all(1).tolist() == [False, True] and not (tmp_path / "cache").exists()
+
+
+def test_what_else_lies_in_a_folder(tmp_path):
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog", "valid/cat", "__MACOSX/train/cat", ".hidden/cat", "train/.thumbs"):
+        picture(tmp_path / name / "0.png")
+    picture(tmp_path / "train/cat/._0.png")
+    with pytest.warns(UserWarning, match="these folders are not read: valid$"):
+        data = load_dataset(tmp_path)
+    assert data.classnames == ["cat", "dog"] and len(data.train.images) == 2
+    (tmp_path / "train/dog/0.png").unlink()
+    with pytest.warns(UserWarning, match="no train images of 1 of 2 classes: dog"):
+        load_dataset(tmp_path)
 
 
 def test_the_cache_outlives_the_process(mini, tmp_path):
