@@ -11,7 +11,6 @@ prompt, D text width, E joint embedding. On the text side: P tokens at the start
 tokens that are a class's own, N of all classes together.
 """
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -33,20 +32,12 @@ with warnings.catch_warnings():  # the registry's copy imports pkg_resources, wh
     from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
 
 __path__ = [str(Path(__file__).resolve().with_name("data"))]  # so that mini_coop.datasets is data/datasets.py
-from mini_coop.datasets import DATA, SHARED, Views, atomic, effect, few_shot, kept, load_dataset, open_image  # noqa: E402, F401
+from mini_coop.datasets import DATA, SHARED, few_shot, load_dataset, open_image  # noqa: E402, F401
+from mini_coop.datasets import Views, atomic, effect, fingerprint, kept  # noqa: E402
 
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
 GROUP = 50  # classes padded together on a CPU (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000
 TOKENS_AT_ONCE = 5000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
-
-
-def fingerprint(module, skip=()):
-    """Tells frozen weights apart, on any device: a hash of all values."""
-    digest = hashlib.sha256()
-    for key, tensor in module.state_dict().items():
-        if not key.startswith(skip):
-            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- CLIP, frozen

@@ -210,6 +210,15 @@ def stamp(image):
     return os.path.abspath(image), *((file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else ())
 
 
+def fingerprint(module, skip=()):
+    """Tells frozen weights apart, on any device: a hash of all values."""
+    digest = hashlib.sha256()
+    for key, tensor in module.state_dict().items():
+        if not key.startswith(skip):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def effect(transform):
     """What a transform makes of noise: two lambdas print alike, but do not do the same."""
     with torch.random.fork_rng(devices=[]):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mini_coop import DATA, SHARED, CoOp, clip, encode_images, few_shot, fingerprint, linear_probe, load_clip, load_dataset, n_epochs
+from mini_coop import DATA, SHARED, CoOp, clip, encode_images, few_shot, linear_probe, load_clip, load_dataset, n_epochs
 from mini_coop import weights_file, zero_shot_weights
-from mini_coop.datasets import atomic, digest, effect, stamp
+from mini_coop.datasets import atomic, digest, effect, fingerprint, stamp
 
 # Hand-written templates that are compared beside a data set's own; the last four are the paper's, for other data sets.
 TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.", "{} texture.",
