@@ -11,6 +11,7 @@ prompt, D text width, E joint embedding. On the text side: P tokens at the start
 tokens that are a class's own, N of all classes together.
 """
 import functools
+import gc
 import math
 import os
 import sys
@@ -319,19 +320,31 @@ class CoOp(torch.nn.Module):
         self._order = torch.tensor(by_length, device=device).argsort()  # back from the order of lengths to that of the names
         self._sos, self._tokens = _embed(model, [SOS]), _embed(model, sum(tokens, []))  # (1, D), (all names' tokens, D)
 
-    def text_features(self):
-        """Unit-norm text features of the prompts as they are now, (K, E); gradients reach `ctx`."""
-        ctx, half, run = self.ctx.flatten(0, -2), half_precision(self.ctx.device), encode_prompts
+    def text_features(self, ctx=None):
+        """Unit-norm text features of the prompts as they are now, or with a context of the same shape instead, (K, E); gradients
+        reach it."""
+        ctx = (self.ctx if ctx is None else ctx).flatten(0, -2)
+        half, run = half_precision(ctx.device), encode_prompts
         shared, source = torch.cat([self._sos, ctx[:self.n_shared]]), torch.cat([ctx, self._tokens])  # (P, D)
         if len(self._chunks) > 1:  # many classes: keep no chunk's activations, compute them again in the backward pass
-            run = functools.partial(checkpoint, encode_prompts, use_reentrant=False)
+            run = functools.partial(checkpoint, encode_prompts, use_reentrant=False, preserve_rng_state=False)
         with torch.autocast(source.device.type, half, enabled=half is not None):
             features = [run(self.clip_model, shared, source.index_select(0, rows), *layout) for rows, *layout in self._chunks]
         return F.normalize(torch.cat(features)[self._order].float(), dim=-1)
 
-    def forward(self, image_features):
-        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value."""
-        return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ self.text_features().T
+    def _recorded(self):
+        """`text_features` as a CUDA graph: recorded once, with its backward pass, then only replayed."""
+        gc.collect()  # an earlier fit's graph is in a reference cycle, and its memory with it
+        ctx = self.ctx.detach().requires_grad_()  # the same memory: a replay sees what the optimiser wrote
+        return functools.partial(torch.cuda.make_graphed_callables(self.text_features, (ctx,)), self.ctx)
+
+    def forward(self, image_features, text_features=None):
+        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value.
+
+        text_features: those of `text_features()` if they are at hand; else they are computed.
+        """
+        text_features = self.text_features() if text_features is None else text_features
+        return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ text_features.T
 
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
         """Learns the context by the paper's recipe (section 4.1) and returns self; goes on from the context as it is.
@@ -350,6 +363,9 @@ class CoOp(torch.nn.Module):
         # small gradients survive fp16; scaled by the usual 65536 the first would be too large and its step skipped
         scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=half_precision(device) is torch.float16)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
+        text_features = self.text_features
+        if device.type == "cuda" and len(self._chunks) == 1:  # over a thousand small kernels with RN50's text tower
+            text_features = self._recorded()
         self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
         bar = tqdm(range(epochs), desc="learning the context", disable=not progress)
         try:
@@ -360,7 +376,7 @@ class CoOp(torch.nn.Module):
                     x = features[rows, torch.randint(features.shape[1], (N,), generator=generator).to(device)]  # (N, E)
                 loss_sum, right, steps = 0, 0, N // batch_size
                 for batch in order[:steps * batch_size].split(batch_size):
-                    logits = self(x[batch])  # (B, K)
+                    logits = self(x[batch], text_features())  # (B, K)
                     loss = F.cross_entropy(logits, labels[batch])
                     optimizer.zero_grad()
                     scaler.scale(loss).backward()

@@ -1,4 +1,5 @@
 """The prompt learner against independent oracles: the 77-token way, zero-shot CLIP, closed forms."""
+import contextlib
 import copy
 import math
 import os
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import mini_coop
@@ -161,6 +164,65 @@ def test_fp16_with_its_loss_scaled_learns_the_same(tiny, monkeypatch):
         losses.append(coop.history_["loss"])
     assert scales[0] == 1 and scales[-1] == 1024 and coop.ctx.dtype == torch.float32
     assert F.cosine_similarity(*(c.flatten() for c in contexts), dim=0) > 0.99 and abs(losses[0][-1] - losses[1][-1]) < 0.02 * losses[0][-1]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph acted out on the CPU: recording computes nothing that lasts, a replay runs the same operations on the same
+    memory, and what would have to wait for the GPU is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not any(word in str(operation) for word in ("local_scalar", "nonzero", "masked_select", "unique", "lift_fresh")), operation
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def new(self, args, kwargs, result):
+        """The results of an operation that are no views of its arguments."""
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        return [t if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known else None for t in tree_leaves(result)]
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for _, args, kwargs, result in self.operations:
+            for tensor in self.new(args, kwargs, result):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data.fill_(math.nan)
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, result in self.operations:
+            for tensor, value in zip(self.new(args, kwargs, result), tree_leaves(operation(*args, **kwargs))):
+                if tensor is not None:
+                    tensor.data.copy_(value)
+
+
+@pytest.mark.parametrize("class_specific", [False, True])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_a_recorded_step_is_the_step(tiny, monkeypatch, position, class_specific):
+    """torch's own make_graphed_callables on acted-out graphs: nothing in a step waits, and replays learn the same to the bit."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda.graphs, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, **_: tape)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    features, labels = solvable()
+    contexts = []
+    for recorded in (False, True):
+        coop = CoOp(tiny[0], ["cat", "a dog", "ox", "bird (animal)"], 4, class_specific, position)
+        optimizer = torch.optim.SGD([coop.ctx], lr=0.1, momentum=0.9)
+        text_features = coop._recorded() if recorded else coop.text_features
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(coop(features, text_features()), labels).backward()
+            optimizer.step()
+        contexts.append(coop.ctx.detach())
+    assert torch.equal(*contexts) and not torch.equal(contexts[0], CoOp(tiny[0], coop.classnames, 4, class_specific, position).ctx)
 
 
 def test_views_are_drawn_per_epoch(tiny):
@@ -495,3 +557,17 @@ def test_cuda_and_cpu_agree(class_specific):
     (cpu_features, cpu_p, cpu_loss), (cuda_features, cuda_p, cuda_loss) = results
     assert torch.allclose(cpu_features, cuda_features, atol=2e-3)
     assert abs(cpu_loss - cuda_loss) < 0.05 and (cpu_p.argmax(1) == cuda_p.argmax(1)).float().mean() > 0.9  # bf16 text side
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("class_specific", [False, True])
+def test_a_recorded_step_is_the_step_on_cuda(monkeypatch, class_specific):
+    model, moved = load_clip("mini", "cuda")[0], []
+    features = torch.randn(40, model.text_projection.shape[1], generator=torch.Generator().manual_seed(0))
+    for recorded in (True, True, False):
+        if not recorded:
+            monkeypatch.setattr(CoOp, "_recorded", lambda self: self.text_features)
+        coop = CoOp(model, ["red cat", "red dog", "a blue cat", "blue dog"], 8, class_specific)
+        start = coop.ctx.detach().clone()
+        moved.append((coop.fit(features, torch.arange(40) % 4, epochs=20, lr=0.02, progress=False).ctx - start).flatten())
+    assert all(F.cosine_similarity(m, moved[2], dim=0) > 0.99 for m in moved)
