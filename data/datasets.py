@@ -110,6 +110,9 @@ def _image_folder(root, parts):
             warnings.warn(f"{root}: no {part} images of {len(without)} of {len(classes)} classes: {', '.join(without[:5])}", stacklevel=3)
     if ignored := [folder.name for folder in root.glob("*") if given and folder.name not in parts and images_of(folder)]:
         warnings.warn(f"{root}: beside train, val and test these folders are not read: {', '.join(ignored[:5])}", stacklevel=3)
+    if nested := [name for name in classes if not given and name.lower().startswith(("train", "val", "test"))
+                  and all(image.parent.name != name for image in images_of(root / name))]:
+        warnings.warn(f"{root}: {', '.join(nested)} read as classes; if they are splits, call them train, val and test", stacklevel=3)
     return Dataset(root.resolve().name, classes, "a photo of a {}.", *splits, {})
 
 

@@ -260,6 +260,14 @@ def test_what_else_lies_in_a_folder(tmp_path):
         load_dataset(tmp_path)
 
 
+def test_splits_by_another_name(tmp_path):
+    for name in ("Train/cat", "Train/dog", "Testing/cat"):
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png")
+    with pytest.warns(UserWarning, match="Testing, Train read as classes; if they are splits, call them train, val and test"):
+        assert load_dataset(tmp_path).classnames == ["Testing", "Train"]
+
+
 def test_the_cache_outlives_the_process(mini, tmp_path):
     picture(tmp_path / "a.png")
     code = f"import mini_coop as m; m.encode_images(*m.load_clip('mini', 'cpu'), {str(tmp_path / 'a.png')!r}, progress=False, cache={str(tmp_path / 'c')!r})"
