@@ -37,7 +37,7 @@ from mini_coop.datasets import DATA, SHARED, few_shot, load_dataset, open_image 
 from mini_coop.datasets import Views, atomic, effect, fingerprint, kept  # noqa: E402
 
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
-GROUP = 50  # classes padded together on a CPU (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000
+GROUP = 50  # classes padded together (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000; on CUDA 5 times as many
 TOKENS_AT_ONCE = 5000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
 
 
@@ -178,7 +178,7 @@ def _layout(rows, device):
     """K lists of tokens, one after another -> positions (N,), each token's place in its list; ends (K,), which token is a list's
     last; and for each group of k lists where (n,), their tokens' places in a table (k, R) that pads them, flattened; k; R."""
     lengths, positions, groups = torch.tensor([len(row) for row in rows]), [], []
-    for group in lengths.split(GROUP if device.type == "cpu" else len(rows)):
+    for group in lengths.split(GROUP if device.type == "cpu" else 5 * GROUP):
         inside = torch.arange(group.max()) < group[:, None]  # (k, R), True where there is a token
         positions.append(inside.nonzero()[:, 1])
         groups.append((inside.flatten().nonzero()[:, 0].to(device), *inside.shape))
@@ -321,8 +321,10 @@ class CoOp(torch.nn.Module):
         self._sos, self._tokens = _embed(model, [SOS]), _embed(model, sum(tokens, []))  # (1, D), (all names' tokens, D)
 
     def text_features(self, ctx=None):
-        """Unit-norm text features of the prompts as they are now, or with a context of the same shape instead, (K, E); gradients
+        """Unit-norm text features of the prompts as they are now, or with another context of the same shape, (K, E); gradients
         reach it."""
+        if ctx is not None and ctx.shape != self.ctx.shape:
+            raise ValueError(f"a context of shape {tuple(ctx.shape)} instead of {tuple(self.ctx.shape)}")
         ctx = (self.ctx if ctx is None else ctx).flatten(0, -2)
         half, run = half_precision(ctx.device), encode_prompts
         shared, source = torch.cat([self._sos, ctx[:self.n_shared]]), torch.cat([ctx, self._tokens])  # (P, D)
@@ -334,9 +336,10 @@ class CoOp(torch.nn.Module):
 
     def _recorded(self):
         """`text_features` as a CUDA graph: recorded once, with its backward pass, then only replayed."""
-        gc.collect()  # an earlier fit's graph is in a reference cycle, and its memory with it
         ctx = self.ctx.detach().requires_grad_()  # the same memory: a replay sees what the optimiser wrote
-        return functools.partial(torch.cuda.make_graphed_callables(self.text_features, (ctx,)), self.ctx)
+        with torch.cuda.device(ctx.device):
+            torch.cuda.graph.default_capture_stream = None  # up to torch 2.13 it stays on the device of the first graph
+            return functools.partial(torch.cuda.make_graphed_callables(self.text_features, (ctx,)), self.ctx)
 
     def forward(self, image_features, text_features=None):
         """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value.
@@ -346,6 +349,7 @@ class CoOp(torch.nn.Module):
         text_features = self.text_features() if text_features is None else text_features
         return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ text_features.T
 
+    @torch.enable_grad()
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
         """Learns the context by the paper's recipe (section 4.1) and returns self; goes on from the context as it is.
 
@@ -355,20 +359,20 @@ class CoOp(torch.nn.Module):
         `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far and sets `interrupted_`.
         """
         features, labels = self._check(image_features, labels, views=True)
-        if batch_size < 1 or (epochs is not None and epochs < 0):
-            raise ValueError(f"batch_size must be 1 or more and epochs 0 or more, not {batch_size} and {epochs}")
+        if batch_size < 1 or (epochs is not None and epochs < 0) or not 0 <= lr < math.inf:
+            raise ValueError(f"batch_size must be 1 or more, epochs and lr 0 or more, not {batch_size}, {epochs} and {lr}")
         N, device, rows = len(features), features.device, torch.arange(len(features), device=features.device)
         epochs, batch_size = n_epochs(labels.bincount().max().item(), epochs), min(batch_size, N)
         optimizer = torch.optim.SGD([self.ctx], lr=lr, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
+        optimizer.state[self.ctx]["momentum_buffer"] = torch.zeros_like(self.ctx)  # else unset by a first step that fp16 skips
         # small gradients survive fp16; scaled by the usual 65536 the first would be too large and its step skipped
         scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=half_precision(device) is torch.float16)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
-        text_features = self.text_features
-        if device.type == "cuda" and len(self._chunks) == 1:  # over a thousand small kernels with RN50's text tower
-            text_features = self._recorded()
         self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
-        bar = tqdm(range(epochs), desc="learning the context", disable=not progress)
+        bar, text_features = tqdm(range(epochs), desc="learning the context", disable=not progress), self.text_features
         try:
+            if device.type == "cuda" and len(self._chunks) == 1 and not torch.is_anomaly_enabled():
+                text_features = self._recorded()  # over a thousand small kernels with RN50's text tower
             for epoch in bar:
                 optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
                 order, x = torch.randperm(N, generator=generator).to(device), features
@@ -391,19 +395,24 @@ class CoOp(torch.nn.Module):
             self.interrupted_ = True
             done = len(self.history_["loss"])
             print(f"interrupted after {done} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
+        finally:
+            del text_features
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                gc.collect()  # a graph is in a reference cycle, and its memory with it
         return self
 
-    def _check(self, features, labels=None, views=False):
+    def _check(self, features, labels=..., views=False):
         """Features and labels on our device, or one clear error."""
         device, K, E = self.ctx.device, len(self.classnames), self.clip_model.text_projection.shape[1]
         features = torch.as_tensor(features).detach().to(device, torch.float32)
-        if features.ndim not in ((2, 3) if views else (2,)) or features.shape[-1] != E or not len(features):
+        if features.ndim not in ((2, 3) if views else (2,)) or features.shape[-1] != E or not features.numel():
             raise ValueError(f"image features must be (N, {E}){f' or (N, views, {E})' if views else ''}, "
                              f"not {tuple(features.shape)}: are they from encode_images with the same model?")
         if len(bad := (~features.isfinite().flatten(1).all(1)).nonzero()):
             raise ValueError(f"{len(bad)} of {len(features)} image features are NaN or infinite, first row {int(bad[0])} "
                              "(an image that could not be read?)")
-        if labels is None:
+        if labels is ...:
             return features
         try:
             labels = torch.as_tensor(labels, device=device)
