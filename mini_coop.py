@@ -3,8 +3,8 @@
 Zhou, Yang, Loy, Liu: *Learning to Prompt for Vision-Language Models*, IJCV 2022 (doi 10.1007/s11263-022-01653-1), "the paper"
 below. The words of a prompt ("a photo of a") become learnable vectors; CLIP itself stays frozen. Since the image encoder never
 changes, images are encoded once and training sees features only. Left out on purpose: resuming inside a fit, and validation
-during training (the paper tests the last step's context). How data sets are read is in data/datasets.py; data/grid.py is the
-main job, `python mini_coop.py`, which compares CoOp with its baselines.
+during training (the paper tests the last step's context). How data sets are read is in data/datasets.py, the linear
+probe in data/probe.py; data/grid.py is the main job, `python mini_coop.py`, which compares CoOp with such baselines.
 
 Shapes, in every comment: B images of a batch, N images in all, V views of an image, K classes, M context vectors, L tokens of a
 prompt, D text width, E joint embedding. On the text side: P tokens at the start of a prompt that all classes share, at most R
@@ -35,6 +35,7 @@ with warnings.catch_warnings():  # the registry's copy imports pkg_resources, wh
 __path__ = [str(Path(__file__).resolve().with_name("data"))]  # so that mini_coop.datasets is data/datasets.py
 from mini_coop.datasets import DATA, SHARED, few_shot, load_dataset, open_image  # noqa: E402, F401
 from mini_coop.datasets import Views, atomic, effect, fingerprint, kept  # noqa: E402
+from mini_coop.probe import linear_probe  # noqa: E402, F401
 
 SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
 GROUP = 50  # classes padded together (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000; on CUDA 5 times as many
@@ -87,7 +88,7 @@ def weights_file(name):
 
 
 def half_precision(device):
-    """What the text tower trains in, decided here only: bf16; on older CUDA cards fp16, with the loss scaled; else None, fp32."""
+    """What the text tower runs in while training, decided here only: bf16; on older CUDA cards fp16, with the loss scaled; else None, fp32."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -104,6 +105,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     An image that cannot be read is named in a warning and becomes a row of NaN; the others are not lost (nor cached).
     """
     images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    if any(isinstance(image, (list, tuple)) for image in images):
+        raise ValueError("images must be paths or PIL images; of a split of load_dataset take .images")
     if not images or views < 1:
         raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
     if cache is not None:
@@ -129,7 +132,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     features = torch.cat(features) if views > 1 else torch.cat(features)[:, 0]
     if unreadable:
         warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of NaN: {'; '.join(unreadable[:3])}. "
-                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=2)
+                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=3)
     return features
 
 
@@ -234,30 +237,6 @@ def zero_shot_weights(model, classnames, templates):
 
 # ---------------------------------------------------------------- the linear probe
 
-def linear_probe(train, train_labels, val, val_labels):
-    """The paper's baseline: scikit-learn's logistic regression on image features (N, E), C searched on a validation set.
-
-    A coarse grid of C from 1e6 to 1e-6, then 8 steps that halve the range around the best in log space; returns the fitted
-    LogisticRegression of the last step (`.C` tells what was chosen, `.predict` and `.score` take NumPy features).
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    train, train_labels, val, val_labels = (torch.as_tensor(t).cpu().numpy() for t in (train, train_labels, val, val_labels))
-
-    def accuracy(log_C):
-        classifier = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(train, train_labels)
-        return classifier.score(val, val_labels), classifier
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is the paper's
-        best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: accuracy(log_C)[0])  # the first of equals
-        low, high = best - 1, best + 1
-        for _ in range(8):
-            (at_low, low_fit), (at_high, high_fit), middle = accuracy(low), accuracy(high), (low + high) / 2
-            low, high, chosen = (middle, high, high_fit) if at_low < at_high else (low, middle, low_fit)
-    return chosen
-
-
 # ---------------------------------------------------------------- CoOp
 
 def learning_rate(epoch, epochs, lr=0.002):
@@ -277,7 +256,10 @@ class CoOp(torch.nn.Module):
     classnames: K >= 2 names. n_ctx: M. class_specific: one context a class, ctx (K, M, D), instead of one for all, (M, D).
     class_position: "end", "middle" or "front". ctx_init: words to start from ("a photo of a"), one vector a token, which
     override n_ctx; without them the vectors are drawn from N(0, 0.02^2) by `seed`, which also orders the training.
-    Raises ValueError for bad class names, positions, lengths; warns of classes of the same name.
+    Raises ValueError for bad class names, positions, lengths; warns of classes of the same name. The device is load_clip's.
+
+    For a method of your own, override `loss` or `forward`; `text_features(ctx)` takes other contexts, say one shifted by an image's
+    feature. `fit` trains every parameter of the subclass.
     """
 
     def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end", ctx_init=None, seed=0):
@@ -302,7 +284,7 @@ class CoOp(torch.nn.Module):
             ctx = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
         self.ctx = torch.nn.Parameter(ctx)
 
-        # A prompt is a list of places in `source`: all context vectors, then the tokens of all names, "name", ".", EOT each.
+        # A prompt is a list of places in text_features' `source`: all context vectors, then all names' tokens: name, ".", EOT each.
         tokens = [_tokenize(model, name + ".", M) for name in names]
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]  # context vectors before the name
         self.n_shared, prompts, start = 0 if class_specific else n_before, [], ctx.numel() // D
@@ -342,16 +324,18 @@ class CoOp(torch.nn.Module):
             return functools.partial(torch.cuda.make_graphed_callables(self.text_features, (ctx,)), self.ctx)
 
     def forward(self, image_features, text_features=None):
-        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value.
-
-        text_features: those of `text_features()` if they are at hand; else they are computed.
-        """
+        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value. text_features: what
+        `text_features()` gave, if it is at hand."""
         text_features = self.text_features() if text_features is None else text_features
         return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ text_features.T
 
+    def loss(self, logits, labels, text_features):
+        """What `fit` makes small: the cross-entropy (equation 1) of logits (B, K)."""
+        return F.cross_entropy(logits, labels)
+
     @torch.enable_grad()
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
-        """Learns the context by the paper's recipe (section 4.1) and returns self; goes on from the context as it is.
+        """Learns the context by the paper's recipe (section 4.1) and returns self; starts from the context as it is, the schedule anew.
 
         image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image. labels: (N,) integers.
         SGD, momentum 0.9, weight decay 5e-4, the schedule of `learning_rate`; a last short batch is dropped unless it is the
@@ -363,16 +347,18 @@ class CoOp(torch.nn.Module):
             raise ValueError(f"batch_size must be 1 or more, epochs and lr 0 or more, not {batch_size}, {epochs} and {lr}")
         N, device, rows = len(features), features.device, torch.arange(len(features), device=features.device)
         epochs, batch_size = n_epochs(labels.bincount().max().item(), epochs), min(batch_size, N)
-        optimizer = torch.optim.SGD([self.ctx], lr=lr, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
-        optimizer.state[self.ctx]["momentum_buffer"] = torch.zeros_like(self.ctx)  # else unset by a first step that fp16 skips
+        optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
+        for parameter in self.parameters():  # else unset by a first step that fp16 skips
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         # small gradients survive fp16; scaled by the usual 65536 the first would be too large and its step skipped
         scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=half_precision(device) is torch.float16)
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
         self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
-        bar, text_features = tqdm(range(epochs), desc="learning the context", disable=not progress), self.text_features
+        bar, encode = tqdm(range(epochs), desc="learning the context", disable=not progress), self.text_features
+        recordable = len(self._chunks) == 1 and len(list(self.parameters())) == 1 and not torch.is_anomaly_enabled()
         try:
-            if device.type == "cuda" and len(self._chunks) == 1 and not torch.is_anomaly_enabled():
-                text_features = self._recorded()  # over a thousand small kernels with RN50's text tower
+            if device.type == "cuda" and recordable:
+                encode = self._recorded()  # over a thousand small kernels with RN50's text tower
             for epoch in bar:
                 optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
                 order, x = torch.randperm(N, generator=generator).to(device), features
@@ -380,8 +366,9 @@ class CoOp(torch.nn.Module):
                     x = features[rows, torch.randint(features.shape[1], (N,), generator=generator).to(device)]  # (N, E)
                 loss_sum, right, steps = 0, 0, N // batch_size
                 for batch in order[:steps * batch_size].split(batch_size):
-                    logits = self(x[batch], text_features())  # (B, K)
-                    loss = F.cross_entropy(logits, labels[batch])
+                    text_features = encode()  # (K, E)
+                    logits = self(x[batch], text_features)  # (B, K)
+                    loss = self.loss(logits, labels[batch], text_features)
                     optimizer.zero_grad()
                     scaler.scale(loss).backward()
                     scaler.step(optimizer)
@@ -396,7 +383,7 @@ class CoOp(torch.nn.Module):
             done = len(self.history_["loss"])
             print(f"interrupted after {done} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
         finally:
-            del text_features
+            del encode
             optimizer.zero_grad()
             if device.type == "cuda":
                 gc.collect()  # a graph is in a reference cycle, and its memory with it
@@ -453,7 +440,9 @@ class CoOp(torch.nn.Module):
         return result if self.class_specific else result[0]
 
     def save(self, path):
-        """Writes the context and what it needs (tens of kilobytes), whole or not at all."""
+        """Writes the context and what it needs (kilobytes; class-specific, K times as many), whole or not at all."""
+        if len(self.state_dict()) > 1:
+            raise ValueError("save keeps ctx only, but this variant has more parameters: save its state_dict()")
         state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "classnames": [str(n) for n in self.classnames],
                  "class_specific": self.class_specific, "class_position": self.class_position, "seed": self.seed,
                  "text_encoder": fingerprint(self.clip_model, "visual.")}
@@ -478,7 +467,7 @@ class CoOp(torch.nn.Module):
             raise ValueError(f"{path} holds no context of ours, or is damaged ({reason})") from error
         if text_encoder != fingerprint(model, "visual."):
             raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
-        classnames = names if classnames is None else list(classnames)
+        classnames = names if classnames is None else classnames if isinstance(classnames, str) else list(classnames)
         if specific and [str(name) for name in classnames] != names:
             raise ValueError(f"{path} is class-specific: it serves only the {len(names)} classes that it was learned for")
         coop = cls(model, classnames, ctx.shape[-2], specific, position, seed=seed)

@@ -126,17 +126,17 @@ def few_shot(train_labels, shots, seed, val_labels=None):
         raise ValueError(f"shots must be 1 or more, not {shots}")
     rng = random.Random(seed)
 
-    def draw(labels, shots):
+    def draw(labels, shots, kind):
         members = {}  # in the order of first appearance, which the published sample depends on
         for index, label in enumerate(torch.as_tensor(labels).tolist()):
             members.setdefault(label, []).append(index)
         if short := {k: len(m) for k, m in members.items() if len(m) < shots}:
-            warnings.warn(f"{len(short)} classes have fewer than {shots} images and give all they have (label: images): "
+            warnings.warn(f"{len(short)} classes have fewer than {shots} {kind} images and give all they have (label: images): "
                           f"{dict(list(short.items())[:5])}", stacklevel=3)
         return [i for m in members.values() for i in (rng.sample(m, shots) if len(m) >= shots else m)]
 
-    train = draw(train_labels, shots)
-    return train if val_labels is None else (train, draw(val_labels, min(shots, 4)))
+    train = draw(train_labels, shots, "training")
+    return train if val_labels is None else (train, draw(val_labels, min(shots, 4), "validation"))
 
 
 def _archive_of(path):

@@ -95,10 +95,10 @@ def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16,
     tests = {name: gather(split, encoded := encode(split, range(len(split.images))), encoded) for name, split in tests.items()}
 
     def accuracies(scores):
-        """scores: features -> (N, K). A domain that holds some of the classes only is a task of those (ImageNet-A and -R)."""
+        """scores: features -> (N, K). A domain of less than half of the classes is a task of those (ImageNet-A and -R)."""
         result = {}
         for name, (x, y) in tests.items():
-            classes = torch.arange(K) if name == "test" else y.unique()
+            classes = y.unique() if name != "test" and 2 * len(y.unique()) < K else torch.arange(K)
             result[name] = 100 * (classes[scores(x).cpu()[:, classes].argmax(1)] == y).float().mean().item()
         return result
 
@@ -205,7 +205,7 @@ def figure(results, title, path):
 
 
 def check(name="mini", device=None):
-    """Prints what a bug report needs: versions, device, what weights and data sets are found, one forward pass."""
+    """Prints what a bug report needs: versions, device, what weights and data sets are found, one step of training."""
     import platform
     import torchvision
     found = [n for n in clip.available_models() if weights_file(n).is_file()]
@@ -214,12 +214,13 @@ def check(name="mini", device=None):
     start = time.perf_counter()
     features = encode_images(model, preprocess, [Image.new("RGB", (64, 64), "white")], progress=False)
     spread = zero_shot_weights(model, ["cat", "dog"], "a photo of a {}.").std().item()
+    learned = CoOp(model, ["cat", "dog"], 4).fit(features.expand(2, -1), [0, 1], epochs=1, progress=False).ctx
     for what, value in {
             "python": f"{platform.python_version()} on {platform.platform()}", "torch": torch.__version__, "torchvision": torchvision.__version__,
             "CLIP's code": "OpenAI's repository" if clip.tokenize("a").dtype == torch.int32 else "the registry's copy",
             "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "MINI_COOP_ROOT": "not set" if SHARED == DATA else SHARED,
             "OpenAI's weights found": ", ".join(found) or f"none ({weights_file('RN50').parent})", "data sets found": ", ".join(datasets),
-            f"one forward pass of {name}": f"{'fine' if features.isfinite().all() and spread > 0 else 'WRONG: ' + str(features)} on "
+            f"one step with {name}": f"{'fine' if learned.isfinite().all() and spread > 0 else 'WRONG: ' + str(features)} on "
                                            f"{features.device}, {time.perf_counter() - start:.2f} s"}.items():
         print(f"{what:28} {value}")
 
@@ -265,6 +266,8 @@ def main(argv=None):
             print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
             left_out = {"yes": "CoOp unified", "no": "CoOp class-specific", "both": ""}[args.class_specific]
             methods = [m for m in METHODS if m != left_out and (data.val.images or m != "linear probe")]  # the probe wants a val split
+            if not data.val.images:
+                print("no validation images: the linear probe, which chooses its C on them, is left out")
             result = experiment(model, preprocess, data, folder, args.shots, args.seeds, methods, args.n_ctx, args.class_position,
                                 args.ctx_init, args.epochs or (50 if data.name == "imagenet" else None), args.views)
             settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where, "torch": torch.__version__}

@@ -507,6 +507,17 @@ def test_classes_of_the_same_name_are_named(tiny):
         CoOp(tiny[0], ["sunglasses", "cat", "sunglasses"])
 
 
+def test_a_split_is_no_list_of_images(tiny):
+    with pytest.raises(ValueError, match="of a split of load_dataset take .images"):
+        encode_images(*tiny, mini_coop.load_dataset("styles").test)
+
+
+def test_names_of_a_loaded_context_are_a_list(tiny, tmp_path):
+    CoOp(tiny[0], ["cat", "dog"], 2).save(tmp_path / "ctx.pt")
+    with pytest.raises(ValueError, match="must be a list"):
+        CoOp.load(tmp_path / "ctx.pt", tiny[0], "catdog")
+
+
 def test_bad_templates(tiny):
     with pytest.raises(ValueError, match="has no {}"):
         zero_shot_weights(tiny[0], ["cat", "dog"], "a photo of a cat")
@@ -565,6 +576,28 @@ def test_text_features_of_another_context(tiny):
     for wrong in (other.ctx[:2], other.ctx.expand(2, 3, -1)):
         with pytest.raises(ValueError, match="a context of shape .* instead of"):
             coop.text_features(wrong)
+
+
+def test_a_method_of_ones_own(tiny, tmp_path):
+    """A term of its own in the loss, and a parameter of its own in the logits: fit trains both."""
+    class Variant(CoOp):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.shift = torch.nn.Parameter(torch.zeros(len(self.classnames)))
+            self.seen = []
+
+        def forward(self, image_features, text_features=None):
+            return super().forward(image_features, text_features) + self.shift
+
+        def loss(self, logits, labels, text_features):
+            self.seen.append(text_features.shape)
+            return super().loss(logits, labels, text_features) + 100 * self.shift.sum()
+
+    coop = Variant(tiny[0], ["cat", "dog", "ox", "bird"], 2).fit(*solvable(n=2), epochs=3, progress=False)
+    assert (coop.shift < -0.1).all() and coop.seen == [(4, 32)] * 3
+    with pytest.raises(ValueError, match="save keeps ctx only"):
+        coop.save(tmp_path / "variant.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fit_needs_no_gradients_switched_on(tiny):

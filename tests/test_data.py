@@ -47,7 +47,7 @@ def test_few_shot_validation_is_at_most_four():
 
 
 def test_few_shot_takes_what_there_is():
-    with pytest.warns(UserWarning, match=r"1 classes have fewer than 3 images.*\{1: 2\}"):
+    with pytest.warns(UserWarning, match=r"1 classes have fewer than 3 training images.*\{1: 2\}"):
         assert sorted(few_shot([0, 0, 0, 1, 1], 3, 1)) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="shots must be 1 or more, not 0"):
         few_shot([0, 1], 0, 1)

@@ -101,7 +101,7 @@ def test_several_data_sets_and_the_published_figures(tmp_path, capsys):
 def test_check_prints_what_a_bug_report_needs(capsys):
     grid.main(["--check", "--device", "cpu"])
     out = capsys.readouterr().out
-    for what in ("python ", "torch ", "CUDA", "OpenAI's weights found", "data sets found", "objects", "one forward pass of mini     fine on cpu"):
+    for what in ("python ", "torch ", "CUDA", "OpenAI's weights found", "data sets found", "objects", "one step with mini           fine on cpu"):
         assert what in out, what
 
 
@@ -169,7 +169,7 @@ def test_the_code_in_readme_runs(tmp_path, capsys, monkeypatch):
     Image.new("RGB", (70, 64), (225, 35, 35)).save(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
     own = "\n".join([blocks[0].split("\n\n")[0], blocks[1], blocks[0][blocks[0].index("chosen ="):], blocks[2]])
-    with pytest.warns(UserWarning, match="fewer than 16 images"):
+    with pytest.warns(UserWarning, match="fewer than 16 training images"):
         exec(own.replace("ViT-B/16", "mini"), {})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "accuracy 100.0%" and out[-1].startswith("cat ")
