@@ -355,9 +355,8 @@ class CoOp(torch.nn.Module):
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
         self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
         bar, encode = tqdm(range(epochs), desc="learning the context", disable=not progress), self.text_features
-        recordable = len(self._chunks) == 1 and len(list(self.parameters())) == 1 and not torch.is_anomaly_enabled()
         try:
-            if device.type == "cuda" and recordable:
+            if device.type == "cuda" and len(self._chunks) == len(list(self.parameters())) == 1 and not torch.is_anomaly_enabled():
                 encode = self._recorded()  # over a thousand small kernels with RN50's text tower
             for epoch in bar:
                 optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
@@ -383,7 +382,7 @@ class CoOp(torch.nn.Module):
             done = len(self.history_["loss"])
             print(f"interrupted after {done} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
         finally:
-            del encode
+            encode = text_features = logits = loss = None
             optimizer.zero_grad()
             if device.type == "cuda":
                 gc.collect()  # a graph is in a reference cycle, and its memory with it
