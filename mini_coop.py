@@ -1,420 +1,809 @@
-"""mini-coop: Context Optimization for CLIP, the whole method in one module.
+"""mini-coop: Context Optimization (CoOp) for CLIP, the whole method in one module.
 
-Zhou, Yang, Loy, Liu: *Learning to Prompt for Vision-Language Models*, IJCV 2022 (doi 10.1007/s11263-022-01653-1), "the paper"
-below. The words of a prompt ("a photo of a") become learnable vectors; CLIP itself stays frozen. Since the image encoder never
-changes, images are encoded once and training sees features only. Left out on purpose: resuming inside a fit, and validation
-during training (the paper tests the last step's context). How data sets are read is in data/datasets.py, the linear
-probe in data/probe.py; data/grid.py is the main job, `python mini_coop.py`, which compares CoOp with such baselines.
+CLIP classifies an image by comparing it with one prompt per class, "a photo of a cat." CoOp
+replaces the hand-written words by M learnable vectors, the context. CLIP stays frozen, so images
+are encoded once and training sees features only. "The paper" is Zhou, Yang, Loy, Liu: Learning to
+Prompt for Vision-Language Models, IJCV 2022.
 
-Shapes, in every comment: B images of a batch, N images in all, V views of an image, K classes, M context vectors, L tokens of a
-prompt, D text width, E joint embedding. On the text side: P tokens at the start of a prompt that all classes share, at most R
-tokens that are a class's own, N of all classes together.
+    images -----------------> image encoder --> features (N, E) --+
+                                                                  +--> cosines --> softmax --> loss
+    SOS V1 .. VM cat . EOT --> text encoder --> features (K, E) --+                              |
+        ^------------------- gradients reach the context, nothing else is trained <--------------+
+
+Shapes: N images, B of them in a batch, V views of an image, K classes, M context vectors, D text
+width, E joint embedding; on the text side R rows of L tokens.
 """
-import functools
-import gc
+import hashlib
+import json
 import math
+import operator
 import os
+import random
+import re
 import sys
+import threading
 import warnings
 import zipfile
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torchvision import transforms
 from tqdm.auto import tqdm
 
-with warnings.catch_warnings():  # the registry's copy imports pkg_resources, which warns of its own end
+with warnings.catch_warnings():  # the registry's copy of CLIP imports pkg_resources, now deprecated
     warnings.simplefilter("ignore")
     import clip
-    from clip.clip import _MODELS, _tokenizer, _transform  # the same names in both distributions of CLIP
+    from clip.clip import _MODELS, _tokenizer, _transform  # the same in both distributions
 
-__path__ = [str(Path(__file__).resolve().with_name("data"))]  # so that mini_coop.datasets is data/datasets.py
-from mini_coop.datasets import DATA, SHARED, few_shot, load_dataset, open_image  # noqa: E402, F401
-from mini_coop.datasets import Views, atomic, effect, fingerprint, kept  # noqa: E402
-from mini_coop.probe import linear_probe  # noqa: E402, F401
+__all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images",
+           "zero_shot_weights", "linear_probe", "learning_rate", "n_epochs", "CoOp"]
 
-SOS, EOT = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
-GROUP = 50  # classes padded together (CoOp sorts them by length): 10 % faster at 100 classes, 30 % at 1000; on CUDA 5 times as many
-TOKENS_AT_ONCE = 5000  # of the classes' own; more are encoded in chunks, again in the backward pass: flat memory, a third more time
+DATA = Path(__file__).resolve().with_name("data")
+MINI_SHA256 = "862f1d81090bdf0cf31f37d7ee375dba48e83a56c530ef4ad05e57602ec3579c"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+SOS = _tokenizer.encoder["<|startoftext|>"]
+EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
+CONTEXT = EOT + 1  # in our prompts, this and higher ids stand for context vectors
+
+
+# ---------------------------------------------------------------- checks of what users pass
+
+def _check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def _whole(name, value, least=1):
+    """A whole number as an int (NumPy's too), or one error that names the argument."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    _check(least <= number < 2**63,
+           f"{name} must be a whole number of {least} or more, not {value!r}")
+    return number
+
+
+def _class_names(classnames):
+    """-> (the names as given, the names as prompts say them); warns of duplicates."""
+    _check(not isinstance(classnames, (str, bytes, dict, set, frozenset)),
+           f"classnames must be a list of texts, not a {type(classnames).__name__}")
+    given = list(classnames)
+    _check(given, "the list of class names is empty")
+    names = []
+    groups = {}  # what CLIP sees of a name -> the names
+    for k, name in enumerate(given):
+        _check(isinstance(name, str), f"class {k} must be a text, not {name!r}")
+        names.append(name.replace("_", " ").strip())
+        tokens = _tokenizer.encode(names[k])
+        _check(tokens, f"class {k} has an empty name ({name!r})")
+        groups.setdefault(tuple(tokens), []).append(name)
+    if same := [" = ".join(group) for group in groups.values() if len(group) > 1]:
+        warnings.warn("classes of the same name cannot be told apart by their prompts: "
+                      + "; ".join(same), stacklevel=4)
+    return given, names
+
+
+def _prompt(model, tokens, text):
+    """[SOS, *tokens, EOT], if CLIP can read it."""
+    L = len(tokens) + 2
+    _check(L <= model.context_length, f"{text!r} makes a prompt of {L} tokens, but CLIP reads "
+           f"{model.context_length}: shorten the name or the context")
+    _check(not {SOS, EOT} & set(tokens), f"{text!r} holds CLIP's own marks of start and end")
+    return [SOS, *tokens, EOT]
+
+
+def _check_clip(model):
+    wrong = [p for p in model.parameters() if p.requires_grad or p.dtype != torch.float32]
+    _check(not wrong and not model.training, "CLIP must be frozen, in eval mode and in float32, as "
+           "load_clip gives it: call model.float().eval().requires_grad_(False)")
+
+
+def _context_words(model, ctx_init):
+    """Token ids of the words that a context starts from."""
+    _check(isinstance(ctx_init, str), f"ctx_init must be a text, not {ctx_init!r}")
+    words = ctx_init.replace("{}", "").strip(" .")
+    _check("{" not in ctx_init, f"ctx_init takes words, not a template: pass {words!r}")
+    tokens = _tokenizer.encode(ctx_init.replace("_", " "))
+    _check(tokens, f"ctx_init has no words: {ctx_init!r}")
+    _prompt(model, tokens, ctx_init)
+    return tokens
+
+
+def _check_features(coop, features, views=False):
+    """Image features on the context's device in float32, or one clear error."""
+    E = coop.clip_model.text_projection.shape[1]
+    x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
+    shapes = f"(N, {E})" + (f" or (N, views, {E})" if views else "")
+    _check(x.ndim in ((2, 3) if views else (2,)) and x.shape[-1] == E and x.numel(),
+           f"image features must be {shapes}, not {tuple(x.shape)}: are they from encode_images "
+           "with the same model?")
+    bad = (~x.isfinite()).flatten(1).any(1).nonzero()
+    _check(not len(bad), f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
+           f"{bad[:1].tolist()} (an image that could not be read?)")
+    return x.clone() if x.is_inference() else x  # autograd refuses tensors of inference mode
+
+
+def _training_set(coop, features, labels, epochs, lr, batch_size):
+    """-> features (N, V, E), labels (N,), epochs, batch size: what `fit` starts from."""
+    x = _check_features(coop, features, views=True)
+    y = _check_labels(coop, labels, len(x))
+    epochs = n_epochs(int(y.bincount().max())) if epochs is None else _whole("epochs", epochs, 0)
+    batch_size = min(_whole("batch_size", batch_size), len(x))
+    _check(isinstance(lr, (int, float)) and 0 <= lr < math.inf, f"lr must be 0 or more, not {lr!r}")
+    return x.reshape(len(x), -1, x.shape[-1]), y, epochs, batch_size
+
+
+def _check_labels(coop, labels, N):
+    """Labels (N,) as int64 on the context's device, or one clear error."""
+    K = len(coop.classnames)
+    try:
+        y = torch.as_tensor(labels.cpu() if torch.is_tensor(labels) else np.asarray(labels))
+    except (TypeError, ValueError):  # None, texts
+        y = torch.empty(0)
+    whole = not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
+    _check(whole and y.shape == (N,), f"labels must be {N} integers, one per image, the places of "
+           f"the classes, not {y.dtype} {tuple(y.shape)}")
+    wrong = y[(y < 0) | (y >= K)]
+    _check(not len(wrong),
+           f"label {wrong[:1].tolist()} is outside of the {K} classes (0 to {K - 1})")
+    return y.to(coop.ctx.device, torch.long, copy=True)
+
+
+# ---------------------------------------------------------------- files
+
+def shared_folder():
+    """A lab's folder of weights and data sets, $MINI_COOP_ROOT; without it our own data/."""
+    folder = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
+    _check(DATA.is_dir(), f"no folder {DATA}: install with `pip install -e .`, in a clone")
+    _check(folder.is_dir(), f"MINI_COOP_ROOT is set to {folder}, which does not exist")
+    return folder
+
+
+def sha256_of(state, skip=()):
+    """Tells weights apart, on any device: the SHA-256 of a state dict's values in float32."""
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        if not key.startswith(skip):
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file that appears under `path` only when it is whole."""
+    path = Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=16)
+def _archive(path, changed):
+    """The zip archive at `path`, kept open. changed: its time, which tells it from a newer one."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is no zip archive, or is damaged ({error})") from error
+
+
+# ---------------------------------------------------------------- data sets
+
+class Split(NamedTuple):
+    """Images (paths; inside an archive: archive.zip/name.png) and their labels."""
+    images: list
+    labels: list
+
+
+class Dataset(NamedTuple):
+    """What load_dataset gives. `domains` are further test sets of the same classes, by name."""
+    name: str
+    classnames: list
+    template: str
+    train: Split
+    val: Split
+    test: Split
+    domains: dict
+
+
+def load_dataset(name_or_folder):
+    """Reads a Dataset; images are opened only when they are encoded.
+
+    name_or_folder: a folder's name in data/ or in $MINI_COOP_ROOT, or the path of a folder with a
+    dataset.json (data/README.md has its form) or one folder per class, `<root>/<class>/*.jpg`, with
+    or without train/, val/, test/ above. Without them each class is dealt 50 / 20 / 30 by a fixed
+    seed, rounded as in the published code. A known name goes before a folder of that name here;
+    write "./actions" for that one. Raises ValueError for what cannot be read, naming the cure.
+    """
+    known = {}
+    for place in (DATA, shared_folder()):
+        known |= {file.parent.name: file.parent for file in sorted(place.glob("*/dataset.json"))}
+    folder = known.get(str(name_or_folder), Path(name_or_folder).expanduser())
+    _check(folder.is_dir(), f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
+           + ", ".join(sorted(known)))
+    data = _read_json(folder) if (folder / "dataset.json").exists() else _read_folders(folder)
+    for part, split in (("train", data.train), ("test", data.test)):
+        without = [name for k, name in enumerate(data.classnames) if k not in set(split.labels)]
+        if without and split.images:
+            warnings.warn(f"{folder}: no {part} images of {len(without)} of {len(data.classnames)} "
+                          f"classes: {', '.join(without[:5])}", stacklevel=2)
+    return data
+
+
+def _read_json(folder):
+    """A folder with a dataset.json -> Dataset."""
+    file = folder / "dataset.json"
+    splits = {"train": Split([], []), "val": Split([], []), "test": Split([], [])}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+        names = data["classnames"]
+        domains = data.get("domains", {})
+        root = folder / data.get("images", ".")
+        wrong = sorted(set(data["splits"]) - set(splits) | set(domains) & set(splits))
+        _check(data.get("format", 1) == 1,
+               f"format {data.get('format')!r}, but this version reads 1: prepare it again")
+        _check(isinstance(names, list) and names and all(isinstance(name, str) for name in names),
+               "the class names must be a list of texts")
+        _check(isinstance(data["template"], str) and "{}" in data["template"],
+               "the template must be a text with {} in it")
+        _check(not wrong, "splits are train, val and test, domains have other names; "
+               f"{', '.join(wrong)} is neither")
+        for part, rows in (data["splits"] | domains).items():
+            splits[part] = Split([root / image for image, _ in rows], [label for _, label in rows])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not in our form (data/README.md): {type(error).__name__} "
+                         f"{error}") from error
+    inside = set()
+    if root.is_file():  # an archive
+        inside = {root / name for name in _archive(root, root.stat().st_mtime_ns).namelist()}
+    for part, (images, labels) in splits.items():
+        lost = [image for image in images if image not in inside and not image.is_file()]
+        _check(not lost, f"{folder}: {len(lost)} of {len(images)} images of {part!r} are missing, "
+               f"first {lost and lost[0]}")
+        wrong = [k for k in labels if type(k) is not int or not 0 <= k < len(names)]
+        _check(not wrong, f"{folder}: label {wrong and wrong[0]} in {part!r}, but there are "
+               f"{len(names)} classes (0 to {len(names) - 1})")
+    parts = [splits.pop(part) for part in ("train", "val", "test")]
+    return Dataset(folder.resolve().name, names, data["template"], *parts, domains=splits)
+
+
+def _read_folders(root):
+    """A folder of class folders, or of train/, val/ and test/ with class folders -> Dataset."""
+    parts = ("train", "val", "test")
+
+    def images_of(folder):  # nothing hidden; none where there is no such folder
+        paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+        return sorted(path for path in paths
+                      if not re.search(r"(^|/)(\.|__MACOSX)", path.relative_to(root).as_posix()))
+
+    def classes_of(folder):
+        return {sub.name for sub in folder.glob("*") if sub.is_dir() and images_of(sub)}
+
+    tops = classes_of(root)
+    below = set().union(*(classes_of(root / part) for part in parts))
+    classes = sorted(below or tops)
+    _check(classes, f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, "
+           "test/ above the class folders")
+    splits = [Split([], []), Split([], []), Split([], [])]
+    for label, name in enumerate(classes):
+        dealt = [images_of(root / part / name) for part in parts]
+        if not below:  # as the published code deals a data set without splits
+            images = images_of(root / name)
+            random.Random(0).shuffle(images)
+            n_train = round(0.5 * len(images))
+            n_val = round(0.2 * len(images))
+            dealt = images[:n_train], images[n_train:n_train + n_val], images[n_train + n_val:]
+        for split, images in zip(splits, dealt):
+            split.images.extend(images)
+            split.labels.extend([label] * len(images))
+    if below and tops - set(parts):
+        warnings.warn(f"{root}: beside train, val and test these folders are not read: "
+                      + ", ".join(sorted(tops - set(parts))[:5]), stacklevel=3)
+    named = [name for name in sorted(tops) if name.lower().startswith(parts)]
+    if not below and (nested := [name for name in named if classes_of(root / name)]):
+        warnings.warn(f"{root}: {', '.join(nested)} read as classes; if they are splits, call them "
+                      "train, val and test", stacklevel=3)
+    return Dataset(root.resolve().name, classes, "a photo of a {}.", *splits, {})
+
+
+def few_shot(train_labels, shots, seed, val_labels=None):
+    """The published few-shot sample: `shots` images per class, or all, with a warning, if fewer.
+
+    Returns indices into train_labels, or (train, val) indices if val_labels are given: then
+    min(shots, 4) validation images per class are drawn after the training images. Seeds 1, 2 and 3
+    give the paper's own images on its own splits. Raises ValueError for less than one shot.
+    """
+    shots = _whole("shots", shots)
+    rng = random.Random(_whole("seed", seed, least=0))
+
+    def draw(labels, n, kind):
+        members = {}  # classes in the order of first appearance, on which the sample depends
+        for index, label in enumerate(np.asarray(labels).tolist()):
+            members.setdefault(label, []).append(index)
+        if short := {label: len(some) for label, some in members.items() if len(some) < n}:
+            warnings.warn(f"{len(short)} classes have fewer than {n} {kind} images and give all "
+                          f"they have (label: images): {dict(list(short.items())[:5])}", stacklevel=3)
+        return sum((rng.sample(m, n) if len(m) >= n else m for m in members.values()), [])
+
+    train = draw(train_labels, shots, "training")
+    return train if val_labels is None else (train, draw(val_labels, min(shots, 4), "validation"))
+
+
+# ---------------------------------------------------------------- images
+
+def open_image(image):
+    """An RGB image from a path, from inside an archive (`images.zip/name.png`) or a PIL image.
+
+    Upright by its EXIF tag, transparent parts white, deeper than 8 bits scaled to 8.
+    """
+    if not isinstance(image, Image.Image):
+        _check(isinstance(image, (str, os.PathLike)), f"an image is a path or a PIL image, not a "
+               f"{type(image).__name__}; PIL.Image.fromarray makes one of an array")
+        path = Path(image).expanduser()
+        # a path that leads through a file leads into an archive
+        if archive := next((folder for folder in path.parents if folder.is_file()), None):
+            opened = _archive(archive, archive.stat().st_mtime_ns)
+            path = opened.open(path.relative_to(archive).as_posix())
+        image = Image.open(path)
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # PIL itself would cut these off at 255
+        values = np.asarray(image, np.float64)
+        largest = 65535 if image.mode[0] == "I" else max(1, values.max())
+        image = Image.fromarray((values * (255 / largest)).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _random_view(image, n_px, rng):
+    """The paper's augmentation: a random crop of 8 to 100 % of the area, sides 3 : 4 to 4 : 3,
+    resized and often flipped. (torchvision's own would draw from the global generator.)"""
+    width, height = image.size
+    w = h = min(width, height)  # of a very long image, if no crop fits
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < sides[0] <= width and 0 < sides[1] <= height:
+            w, h = sides
+            break
+    left = rng.randint(0, width - w)
+    top = rng.randint(0, height - h)
+    view = image.crop((left, top, left + w, top + h)).resize((n_px, n_px), Image.Resampling.BICUBIC)
+    return ImageOps.mirror(view) if rng.random() < 0.5 else view
 
 
 # ---------------------------------------------------------------- CLIP, frozen
 
-def load_clip(name="mini", device=None):
-    """Loads a frozen CLIP: (model in eval mode and fp32, transform PIL image -> (3, n_px, n_px)).
+def weights_file(name):
+    """Where OpenAI's weights lie, or will: in the lab's shared folder, else in ~/.cache/clip."""
+    shared = shared_folder() / "clip" / Path(_MODELS[name]).name
+    return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
 
-    name: "mini" (the small one in data/, which knows icons), a name of `clip.available_models()` (OpenAI's, looked for in
-    $MINI_COOP_ROOT/clip, else downloaded to ~/.cache/clip) or a checkpoint: a state dict in OpenAI's layout, or a TorchScript
-    archive as OpenAI ships. device: None takes CUDA where there is one, else the CPU. ("mps" is accepted but was never tried.)
-    Raises ValueError for an unknown name or device and for a file that is no CLIP, RuntimeError if a download fails.
+
+@torch.inference_mode(False)
+def load_clip(name="mini", device=None):
+    """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
+
+    name: "mini" (ours, which knows icons), a name of `clip.available_models()` (OpenAI's, from
+    $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or a checkpoint: a state dict in OpenAI's
+    layout, or OpenAI's own TorchScript archive. device: None takes CUDA where there is one. No code
+    from a file is run. Raises ValueError for an unknown name or device and for a file that is no
+    CLIP or damaged, RuntimeError if a download fails.
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu', or 'cuda' where torch sees a GPU") from error
+        raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu', or 'cuda' where "
+                         "torch sees a GPU") from error
     if name in _MODELS:
         file = weights_file(name)
         try:
             model, _ = clip.load(name, "cpu", download_root=str(file.parent))  # checks the SHA-256
-        except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong SHA-256 a RuntimeError
-            raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by hand: {file} "
-                               f"(from {_MODELS[name]}), or use 'mini', which needs no download") from error
+        except (OSError, RuntimeError) as error:  # no network; a wrong SHA-256
+            raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by "
+                               f"hand: {file} (from {_MODELS[name]}), or use 'mini', which needs "
+                               "no download") from error
     else:
-        path = DATA / "mini_clip.pt" if name == "mini" else Path(name)
-        if not path.is_file():
-            raise ValueError(f"no CLIP called {str(name)!r}: neither 'mini', nor one of {', '.join(_MODELS)}, nor a file")
-        try:
-            scripted = zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
-            state = torch.jit.load(path, "cpu").state_dict() if scripted else torch.load(path, "cpu", weights_only=True)
-            model = clip.model.build_model(dict(state)).float()
-            model.load_state_dict({key: state[key] for key in model.state_dict()})  # build_model rounds to fp16 on its way
-        except Exception as error:  # a file that is no checkpoint can raise anything
-            reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged ({reason})") from error
+        model = _read_checkpoint(name)
     model = model.float().eval().requires_grad_(False).to(device)
-    model.visual.to(memory_format=torch.channels_last)  # the same values in another order: a ResNet is a sixth faster
+    model.visual.to(memory_format=torch.channels_last)  # a ResNet is a sixth faster
     return model, _transform(model.visual.input_resolution)
 
 
-def weights_file(name):
-    """Where OpenAI's weights of a name lie, or will: the lab's shared folder if they are there, else ~/.cache/clip."""
-    shared = SHARED / "clip" / Path(_MODELS[name]).name
-    return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
+def _read_checkpoint(name):
+    """"mini" or a path -> CLIP. A TorchScript archive can hold code: only OpenAI's are opened."""
+    path = Path(name).expanduser() if name != "mini" else shared_folder() and DATA / "mini_clip.pt"
+    _check(path.is_file(), f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
+           f"{', '.join(_MODELS)}, nor a file")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        _check(name != "mini" or digest == MINI_SHA256, "`git checkout data` restores it")
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(member.endswith("/constants.pkl") for member in names):  # TorchScript
+            _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not OpenAI's "
+                   "could run code. Where you trust it, make a state dict of it: "
+                   f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
+            state = torch.jit.load(path, "cpu").state_dict()
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
+        model = clip.model.build_model(dict(state)).float()
+        model.load_state_dict({key: state[key] for key in model.state_dict()})  # build_model rounds
+        return model
+    except Exception as error:  # a file that is no checkpoint can raise anything
+        raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged: "
+                         + _reason(error)) from error
 
 
-def half_precision(device):
-    """What the text tower runs in while training, decided here only: bf16; on older CUDA cards fp16, with the loss scaled; else None, fp32."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+def _reason(error):
+    """What torch says of a bad file, without its advice to switch the protection off."""
+    return f"{type(error).__name__}: {str(error).partition('weights_only')[0].strip()[:300]}"
 
 
 @torch.no_grad()
-def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, workers=None, progress=True, cache=None):
-    """Unit-norm float32 image features on the model's device, (N, E); with views=V > 1 (N, V, E).
+def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, workers=None,
+                  progress=True):
+    """CLIP's image features as they come, not normalised, float32 on the model's device: (N, E).
 
-    images: paths or PIL images. views=1 uses `preprocess` (the test transform); V > 1 draws V random resized crops and flips an
-    image, the paper's augmentation, once: the encoder is frozen, so training picks among them. workers: processes that read
-    images; by default none, except on Linux with more than two cores and thousands of images, where they pay. cache: a folder
-    that keeps the features; they are taken from there only if weights, transform, views, seed and every file are the same.
-    An image that cannot be read is named in a warning and becomes a row of NaN; the others are not lost (nor cached).
+    images: paths or PIL images. views=1 uses `preprocess`, the test transform; V > 1 gives (N, V, E),
+    features of V random crops (the paper's augmentation), drawn once by `seed`: the encoder is frozen,
+    so training picks among them. workers: threads that read images; None for one per core. An image
+    that cannot be read is named in a warning and becomes a row of NaN. Raises ValueError if there are
+    no images, RuntimeError if the model itself gives NaN.
     """
-    images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    if any(isinstance(image, (list, tuple)) for image in images):
-        raise ValueError("images must be paths or PIL images; of a split of load_dataset take .images")
-    if not images or views < 1:
-        raise ValueError("no images to encode" if not images else f"views must be 1 or more, not {views}")
-    if cache is not None:
-        key = fingerprint(model.visual), str(preprocess), effect(preprocess), views, seed
-        encode = functools.partial(encode_images, model, preprocess, images, views, batch_size, seed, workers, progress)
-        return kept(cache, key, images, encode).to(model.text_projection.device)
-    device, n_px = model.text_projection.device, model.visual.input_resolution
-    if views > 1:
-        preprocess = transforms.Compose([
-            transforms.RandomResizedCrop(n_px, scale=(0.08, 1), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(), *preprocess.transforms[-2:]])  # the last two: to tensor, CLIP's mean and std
-    if workers is None:
-        workers = min(8, os.cpu_count()) if sys.platform == "linux" and os.cpu_count() > 2 and len(images) * views > 4000 else 0
-    loader = torch.utils.data.DataLoader(
-        Views(images, preprocess, views, seed, n_px), max(1, batch_size // views), num_workers=workers, generator=torch.Generator(),
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None, pin_memory=device.type == "cuda")
-    features, unreadable = [], []
-    for pixels, reasons in tqdm(loader, desc="encoding images", disable=not progress, leave=False):
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):  # as OpenAI's weights were trained
-            x = model.encode_image(pixels.flatten(0, 1).to(device, non_blocking=True)).float()  # (B * V, E)
-        features.append(F.normalize(x, dim=-1).unflatten(0, (-1, views)))
-        unreadable += [reason for reason in reasons if reason]
-    features = torch.cat(features) if views > 1 else torch.cat(features)[:, 0]
+    images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+    _check(images, "no images to encode")
+    _check(not isinstance(images[0], (list, tuple)), "of a split of load_dataset take .images")
+    views = _whole("views", views)
+    batch_size = max(1, _whole("batch_size", batch_size) // views)
+    seed = _whole("seed", seed, least=0)
+    n_px = model.visual.input_resolution
+    unreadable = {}
+
+    def pixels_of(i):  # (V, 3, n_px, n_px)
+        try:
+            image = open_image(images[i])
+            if views == 1:
+                return preprocess(image)[None].float()
+            # a file's views depend on its name, not on the batch or on other files
+            name = i if isinstance(images[i], Image.Image) else Path(images[i]).name
+            rng = random.Random(f"{seed} {name}")
+            to_tensor, normalise = preprocess.transforms[-2:]
+            crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
+            return normalise(torch.stack(crops)).float()
+        except Exception as error:  # broken files and archives raise anything
+            unreadable[i] = f"{images[i]} ({error})"
+            return torch.full((views, 3, n_px, n_px), math.nan)
+
+    features = []
+    device = model.text_projection.device
+    bar = tqdm(total=len(images), desc="encoding images", disable=not progress, leave=False)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as threads, bar:
+        for batch in torch.arange(len(images)).split(batch_size):
+            pixels = torch.cat(list(threads.map(pixels_of, batch.tolist())))
+            with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+                x = model.encode_image(pixels.to(device)).float()  # (B * V, E)
+            features.append(x.unflatten(0, (-1, views)))  # (B, V, E)
+            bar.update(len(batch))
+    features = torch.cat(features)
+    bad = (~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    if set(bad) - set(unreadable):
+        raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: are "
+                           "its weights damaged, or in half precision?")
     if unreadable:
-        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of NaN: {'; '.join(unreadable[:3])}. "
-                      "keep = features.isfinite().flatten(1).all(1) selects the others", stacklevel=3)
-    return features
+        warnings.warn(f"{len(bad)} of {len(images)} images cannot be read and are rows of NaN: "
+                      f"{'; '.join(list(unreadable.values())[:3])}. keep = features.isfinite()"
+                      ".flatten(1).all(1) selects the others", stacklevel=3)
+    return features if views > 1 else features[:, 0]
 
 
 # ---------------------------------------------------------------- the text side
 
-def encode_prompts(model, shared, rest, positions, ends, groups):
-    """CLIP's text encoder on token embeddings, computing what is needed and no more.
+# The text transformer is causal: a token sees only what stands before it. So the tokens that all
+# prompts share at their start, the trunk, mean the same in each and are computed once; nothing
+# after an EOT counts. We write the trunk once and hang the rest of every prompt behind it:
+#
+#     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
+#     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
+#
+# A token sees the trunk and what stands before it in its own branch. Many prompts fill several
+# rows, each with a copy of the trunk: a batch like any other. This is exact, gradients too.
 
-    The text transformer is causal: a token sees only those before it. So what all classes share at the start of their prompts
-    has the same keys and values for each of them and is computed once, not K times; and nothing after a class's EOT counts.
-    shared: (P, D) embeddings of the tokens that all classes share; rest: (N, D) of each class's own, up to its EOT, one class
-    after another; positions, ends, groups: their layout, from `_layout`. Returns (K, E) features, not normalised; exact,
-    gradients too (tests hold it to the 77-token way).
-    """
-    P, sizes = len(shared), [len(shared), *(len(where) for where, *_ in groups)]
-    x = torch.cat([shared + model.positional_embedding[:P], rest + model.positional_embedding[P + positions]])  # (P + N, D)
+def pack(prompts, device, row=128):
+    """K prompts, lists of token ids -> (tokens (R, L), position (R, L), visible (R, 1, L, L), eot).
+
+    visible: True where a token (row) sees another one (column). eot (K,): where the last token of
+    each prompt stands in the flattened rows. row: tokens of branches in a row, about."""
+    K = len(prompts)
+    P = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # tokens of the trunk
+    n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row)
+    by_length = sorted(range(K), key=lambda k: len(prompts[k]))
+    rows = []
+    for r in range(n_rows):
+        cells = [(prompts[0][p], p, -1) for p in range(P)]  # token, position, owner
+        for k in by_length[r::n_rows]:
+            cells += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
+        rows.append(torch.tensor(cells, device=device))
+    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
+    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
+    visible[:, :, :P] = True  # and the trunk
+    eot = (tokens == EOT).flatten().nonzero()[:, 0]  # (K,)
+    eot = eot[owner.flatten()[eot].argsort()]  # in the order of the prompts
+    return tokens, position, visible.tril()[:, None], eot
+
+
+def encode_rows(model, ctx, tokens, position, visible, eot):
+    """CLIP's text encoder on the rows of `pack` -> text features (K, E), not normalised.
+
+    ctx: vectors (M, D) or (K, M, D), which take the places of the ids CONTEXT, CONTEXT + 1, ..."""
+    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D)
+    if ctx is not None:
+        vectors = F.embedding((tokens - CONTEXT).clamp(min=0), ctx.flatten(0, -2))  # (R, L, D)
+        x = torch.where(tokens[:, :, None] < CONTEXT, x, vectors)
+    x = x + model.positional_embedding[position]
     for block in model.transformer.resblocks:
-        heads = block.attn.num_heads
-        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).unflatten(1, (3, heads, -1))
-        first, *own = qkv.split(sizes)  # of the shared tokens; of the classes' own, a group at a time
-        q, k, v = first.permute(1, 2, 0, 3)  # (heads, P, D / heads) each
-        seen = [F.scaled_dot_product_attention(q, k, v, is_causal=True), *(_attend(o, k, v, *group) for o, group in zip(own, groups))]
-        seen = torch.cat(seen, 1).transpose(0, 1).flatten(1)  # (P + N, D)
-        if block is model.transformer.resblocks[-1]:  # only the EOTs, a class's last tokens, are read: 15 % of the mini-CLIP's step
-            x, seen = x[P + ends], seen[P + ends]  # (K, D)
-        x = x + block.attn.out_proj(seen)
+        attn = block.attn
+        qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (R, L, 3 D)
+        qkv = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, d)
+        seen = F.scaled_dot_product_attention(*qkv, attn_mask=visible).transpose(1, 2).flatten(2)
+        if block is model.transformer.resblocks[-1]:  # only the EOTs are read
+            x = x.flatten(0, 1)[eot]  # (K, D)
+            seen = seen.flatten(0, 1)[eot]
+        x = x + attn.out_proj(seen)
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x) @ model.text_projection
 
 
-def _attend(qkv, k, v, where, K, R):
-    """What K classes' own tokens, qkv (n, 3, heads, D / heads), see of the shared keys and values (heads, P, D / heads) and of
-    those before them in their class: (heads, n, D / heads). Only here are short names padded, to the longest of their group."""
-    padded = qkv.new_zeros(K * R, *qkv.shape[1:]).index_copy(0, where, qkv)
-    own_q, own_k, own_v = padded.permute(1, 2, 0, 3).unflatten(2, (K, R))  # (heads, K, R, D / heads) each
-    own_q, future = own_q / own_q.shape[-1] ** 0.5, torch.full((R, R), -math.inf, device=qkv.device).triu(1)
-    to_shared = own_q.flatten(1, 2) @ k.mT  # (heads, K * R, P)
-    to_own = own_q @ own_k.mT + future  # (heads, K, R, R): what pads a class stands after its EOT, so it is never seen
-    weights = torch.cat([to_shared, to_own.flatten(1, 2)], 2).softmax(2)  # (heads, K * R, P + R)
-    of_shared, of_own = weights.split([k.shape[1], R], 2)
-    seen = of_shared @ v + (of_own.unflatten(1, (K, R)) @ own_v).flatten(1, 2)  # (heads, K * R, D / heads)
-    return seen.index_select(1, where)
+def encode_prompts(model, prompts, ctx=None):
+    """Unit-norm text features (K, E) of `prompts`, a list of packs; float32. On cards that have
+    bfloat16 the frozen encoder runs in it, in training and prediction alike."""
+    device = model.text_projection.device
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        if len(prompts) == 1:
+            features = encode_rows(model, ctx, *prompts[0])
+        else:  # keep no part's activations: they are computed again in the backward pass
+            features = torch.cat([checkpoint(encode_rows, model, ctx, *part, use_reentrant=False)
+                                  for part in prompts])
+    return F.normalize(features.float(), dim=-1)
 
 
-def _layout(rows, device):
-    """K lists of tokens, one after another -> positions (N,), each token's place in its list; ends (K,), which token is a list's
-    last; and for each group of k lists where (n,), their tokens' places in a table (k, R) that pads them, flattened; k; R."""
-    lengths, positions, groups = torch.tensor([len(row) for row in rows]), [], []
-    for group in lengths.split(GROUP if device.type == "cpu" else 5 * GROUP):
-        inside = torch.arange(group.max()) < group[:, None]  # (k, R), True where there is a token
-        positions.append(inside.nonzero()[:, 1])
-        groups.append((inside.flatten().nonzero()[:, 0].to(device), *inside.shape))
-    return torch.cat(positions).to(device), (lengths.cumsum(0) - 1).to(device), groups
-
-
-def _clean(classnames):
-    """Class names as a prompt says them; the errors and the warning that belong to them."""
-    if isinstance(classnames, str):
-        raise ValueError("classnames must be a list of class names")
-    classnames = list(classnames)
-    names = [str(name).replace("_", " ").strip() for name in classnames]
-    if not names:
-        raise ValueError("the list of class names is empty")
-    if "" in names:
-        raise ValueError(f"class {names.index('')} has an empty name ({classnames[names.index('')]!r})")
-    if twice := [name for name, n in Counter(names).items() if n > 1]:
-        warnings.warn(f"classes of the same name cannot be told apart by their prompts: {', '.join(twice)}", stacklevel=3)
-    return names
-
-
-def _tokenize(model, text, M=0):
-    """Token ids of a text, EOT last, if they fit into a prompt with M context vectors."""
-    tokens = _tokenizer.encode(text) + [EOT]
-    if (L := 1 + M + len(tokens)) > model.context_length:
-        raise ValueError(f"{text!r}{f' with {M} context vectors' if M else ''} makes a prompt of {L} tokens, but CLIP reads "
-                         f"{model.context_length}: shorten it")
-    return tokens
-
-
-def _embed(model, tokens):
-    """Token ids, a list -> their embeddings (N, D)."""
-    return model.token_embedding(torch.tensor(tokens, device=model.text_projection.device))
+def pack_in_parts(prompts, device, part=6000):
+    """Prompts -> a list of packs; more than one only if about `part` tokens are not shared."""
+    P = len(os.path.commonprefix(prompts))
+    n_parts = math.ceil(max(1, sum(len(prompt) - P for prompt in prompts)) / part)
+    size = math.ceil(len(prompts) / n_parts)
+    return [pack(prompts[k:k + size], device) for k in range(0, len(prompts), size)]
 
 
 @torch.no_grad()
 def zero_shot_weights(model, classnames, templates):
-    """Zero-shot classifier (K, E), unit-norm, from one hand-written template ("a photo of a {}.") or an ensemble (a list).
+    """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or an ensemble.
 
-    Each template's features are normalised, averaged over templates and normalised again. Class k scores `image @ weights[k]`.
+    Each template's features are normalised, averaged over templates and normalised again. Class k
+    scores the cosine of an image feature with row k. Raises ValueError for a template without {}.
     """
-    names, weights, templates = _clean(classnames), 0, [templates] if isinstance(templates, str) else list(templates)
-    if not templates:
-        raise ValueError("no template to write the class names into")
+    _check_clip(model)
+    _, names = _class_names(classnames)
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    _check(templates, "no template to write the class names into")
+    features = []
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the class name")
-        rows = [_tokenize(model, template.replace("{}", name)) for name in names]
-        rest, layout = _embed(model, sum(rows, [])), _layout(rows, model.text_projection.device)
-        weights = weights + F.normalize(encode_prompts(model, _embed(model, [SOS]), rest, *layout), dim=-1)
-    return F.normalize(weights, dim=-1)
+        _check("{}" in template, f"the template {template!r} has no {{}} for the class name")
+        texts = [template.replace("{}", name) for name in names]
+        prompts = [_prompt(model, _tokenizer.encode(text), text) for text in texts]
+        packs = pack_in_parts(prompts, model.text_projection.device)
+        features.append(encode_prompts(model, packs))
+    return F.normalize(torch.stack(features).sum(0), dim=-1)
 
 
 # ---------------------------------------------------------------- the linear probe
 
+def linear_probe(train, train_labels, val, val_labels):
+    """The paper's baseline: scikit-learn's logistic regression on image features (N, E).
+
+    C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that halve the
+    range around the best in log space. Returns the LogisticRegression of the last step (`.C`;
+    `.predict` and `.score` take NumPy features). The published probe draws its images with NumPy,
+    over several runs, and takes ImageNet's C from Caltech101.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # here, as it takes a second to import
+    from sklearn.linear_model import LogisticRegression
+    data = (train, train_labels, val, val_labels)
+    x, y, x_val, y_val = (torch.as_tensor(part).cpu().numpy() for part in data)
+
+    def fitted(log_C):
+        probe = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(x, y)
+        return probe.score(x_val, y_val), probe
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is the paper's
+        warnings.filterwarnings("ignore", "The number of unique classes")  # as many as images
+        best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: fitted(log_C)[0])
+        low = best - 1
+        high = best + 1
+        for _ in range(8):
+            low_accuracy, low_probe = fitted(low)
+            high_accuracy, high_probe = fitted(high)
+            if low_accuracy < high_accuracy:
+                low = (low + high) / 2
+                probe = high_probe
+            else:
+                high = (low + high) / 2
+                probe = low_probe
+    return probe
+
+
 # ---------------------------------------------------------------- CoOp
 
 def learning_rate(epoch, epochs, lr=0.002):
-    """The paper's schedule: one epoch at 1e-5, then a cosine over `epochs` that is never finished (epoch 1 runs at `lr`)."""
+    """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
     return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
-def n_epochs(shots, epochs=None):
-    """The paper's number of epochs, unless given: 50 for 1 shot, 100 for up to 4, else 200 (it takes 50 on ImageNet always)."""
-    return epochs if epochs is not None else 50 if shots == 1 else 100 if shots <= 4 else 200
+def n_epochs(shots):
+    """The paper's epochs: 50 for 1 shot, 100 for 2 and 4, 200 for more (on ImageNet always 50)."""
+    return 50 if shots == 1 else 100 if shots <= 4 else 200
+
+
+def _batches(x, batch_size, generator):
+    """One epoch of training images (N, V, E) in random order -> for each batch the places of its
+    images (B,) and a random view of each (B,). A last, short batch is dropped."""
+    N, V, _ = x.shape
+    order = torch.randperm(N, generator=generator, device="cpu")
+    views = torch.randint(V, (N,), generator=generator, device="cpu") if V > 1 else 0 * order
+    images = order[:N - N % batch_size].to(x.device)
+    return zip(images.split(batch_size), views.to(x.device)[images].split(batch_size))
 
 
 class CoOp(torch.nn.Module):
-    """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ." whose vectors V are learned.
+    """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ."
 
-    model: a CLIP of load_clip, kept but not registered: `ctx` is the only parameter and all of the state dict.
-    classnames: K >= 2 names. n_ctx: M. class_specific: one context a class, ctx (K, M, D), instead of one for all, (M, D).
-    class_position: "end", "middle" or "front". ctx_init: words to start from ("a photo of a"), one vector a token, which
-    override n_ctx; without them the vectors are drawn from N(0, 0.02^2) by `seed`, which also orders the training.
-    Raises ValueError for bad class names, positions, lengths; warns of classes of the same name. The device is load_clip's.
+    model: a CLIP of load_clip; kept, but `ctx` is the only parameter and all of the state dict.
+    classnames: K >= 2 names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
+    instead of one for all, (M, D). class_position: "end", "middle" (of an odd M the smaller half
+    stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
+    per token; they set M. Without them the vectors are drawn from N(0, 0.02^2) by `seed`, which
+    also orders the training. Raises ValueError for bad input; warns of classes of the same name.
 
-    For a method of your own, override `loss` or `forward`; `text_features(ctx)` takes other contexts, say one shifted by an image's
-    feature. `fit` trains every parameter of the subclass.
+    For a method of your own override `loss` or `forward`; `text_features(ctx)` takes other contexts,
+    say one shifted by an image's feature. `fit` trains every parameter of the subclass.
     """
 
-    def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end", ctx_init=None, seed=0):
+    @torch.inference_mode(False)
+    def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end",
+                 ctx_init=None, seed=0):
         super().__init__()
-        classnames = classnames if isinstance(classnames, str) else list(classnames)
-        names = _clean(classnames)
-        if len(names) < 2:
-            raise ValueError(f"there is one class only ({names[0]!r}): nothing to tell apart")
-        if class_position not in ("end", "middle", "front"):
-            raise ValueError(f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
-        words = None if ctx_init is None else _tokenizer.encode(ctx_init.replace("_", " "))
-        M, K, D = n_ctx if words is None else len(words), len(names), model.ln_final.weight.shape[0]
-        if type(M) is not int or M < 1:
-            raise ValueError(f"n_ctx must be 1 or more, not {M!r}{'' if words is None else ': ctx_init has no words'}")
-        object.__setattr__(self, "clip_model", model)  # not registered: frozen, and no part of the state dict
-        self.classnames, self.n_ctx, self.class_specific, self.class_position = classnames, M, bool(class_specific), class_position
-        self.seed, self.history_ = seed, {"loss": [], "accuracy": [], "lr": []}
-        shape, device = (K, M, D) if class_specific else (M, D), model.text_projection.device
-        if words:
-            ctx = _embed(model, words).expand(shape).clone()
-        else:
-            ctx = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        self.ctx = torch.nn.Parameter(ctx)
+        _check_clip(model)
+        self.classnames, names = _class_names(classnames)
+        words = None if ctx_init is None else _context_words(model, ctx_init)
+        self.n_ctx = M = _whole("n_ctx", n_ctx) if words is None else len(words)
+        self.seed = _whole("seed", seed, least=0)
+        _check(len(names) > 1, f"there is one class only ({names[0]!r}): nothing to tell apart")
+        _check(class_specific in (True, False), f"class_specific is a bool, not {class_specific!r}")
+        _check(class_position in ("end", "middle", "front"),
+               f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
+        object.__setattr__(self, "clip_model", model)  # not registered: not in the state dict
+        self.class_specific = bool(class_specific)
+        self.class_position = class_position
+        self.history_ = {"loss": [], "accuracy": [], "lr": []}
 
-        # A prompt is a list of places in text_features' `source`: all context vectors, then all names' tokens: name, ".", EOT each.
-        tokens = [_tokenize(model, name + ".", M) for name in names]
-        n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]  # context vectors before the name
-        self.n_shared, prompts, start = 0 if class_specific else n_before, [], ctx.numel() // D
-        for k, (name, row) in enumerate(zip(names, tokens)):
-            n_name = len(_tokenizer.encode(name))  # as published; "(...)" + "." may merge, then the period goes with the name
-            own, ctx = range(start, start + len(row)), range(k * M, k * M + M) if class_specific else range(M)
-            prompts.append([*ctx[self.n_shared:n_before], *own[:n_name], *ctx[n_before:], *own[n_name:]])
-            start += len(row)
-        by_length, chunks = sorted(range(K), key=lambda k: len(prompts[k])), [[]]
-        for k in by_length:
-            if chunks[-1] and sum(map(len, chunks[-1])) + len(prompts[k]) > TOKENS_AT_ONCE:
-                chunks.append([])
-            chunks[-1].append(prompts[k])
-        self._chunks = [(torch.tensor(sum(chunk, []), device=device), *_layout(chunk, device)) for chunk in chunks]
-        self._order = torch.tensor(by_length, device=device).argsort()  # back from the order of lengths to that of the names
-        self._sos, self._tokens = _embed(model, [SOS]), _embed(model, sum(tokens, []))  # (1, D), (all names' tokens, D)
+        # the context: embeddings of words, or small random vectors
+        device = model.text_projection.device
+        shape = (M, model.ln_final.weight.shape[0])
+        shape = (len(names), *shape) if class_specific else shape
+        if words:
+            ctx = model.token_embedding(torch.tensor(words, device=device)).expand(shape).clone()
+        else:
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            ctx = 0.02 * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        self.ctx = torch.nn.Parameter(ctx.to(device))
+
+        # the prompts (equation 2): the ids of the context vectors around the tokens of the name
+        before = {"end": M, "middle": M // 2, "front": 0}[class_position]
+        prompts = []
+        for k, name in enumerate(names):
+            first = CONTEXT + (k * M if class_specific else 0)
+            v = list(range(first, first + M))
+            tokens = _tokenizer.encode(name + ".")
+            n = len(_tokenizer.encode(name))  # as published: in "(animal)." the period goes with it
+            tokens = [*v[:before], *tokens[:n], *v[before:], *tokens[n:]]
+            prompts.append(_prompt(model, tokens, name))
+        self._prompts = pack_in_parts(prompts, device)
+
+    def _apply(self, fn, *args):
+        """to(), cuda(), half(), double(): refused where they would part the context from CLIP."""
+        moved = fn(self.ctx.detach())
+        _check((moved.device, moved.dtype) == (self.ctx.device, self.ctx.dtype), "the context stays "
+               "in float32 on CLIP's device: choose it with load_clip(name, device)")
+        return super()._apply(fn, *args)
 
     def text_features(self, ctx=None):
-        """Unit-norm text features of the prompts as they are now, or with another context of the same shape, (K, E); gradients
-        reach it."""
-        if ctx is not None and ctx.shape != self.ctx.shape:
-            raise ValueError(f"a context of shape {tuple(ctx.shape)} instead of {tuple(self.ctx.shape)}")
-        ctx = (self.ctx if ctx is None else ctx).flatten(0, -2)
-        half, run = half_precision(ctx.device), encode_prompts
-        shared, source = torch.cat([self._sos, ctx[:self.n_shared]]), torch.cat([ctx, self._tokens])  # (P, D)
-        if len(self._chunks) > 1:  # many classes: keep no chunk's activations, compute them again in the backward pass
-            run = functools.partial(checkpoint, encode_prompts, use_reentrant=False, preserve_rng_state=False)
-        with torch.autocast(source.device.type, half, enabled=half is not None):
-            features = [run(self.clip_model, shared, source.index_select(0, rows), *layout) for rows, *layout in self._chunks]
-        return F.normalize(torch.cat(features)[self._order].float(), dim=-1)
-
-    def _recorded(self):
-        """`text_features` as a CUDA graph: recorded once, with its backward pass, then only replayed."""
-        ctx = self.ctx.detach().requires_grad_()  # the same memory: a replay sees what the optimiser wrote
-        with torch.cuda.device(ctx.device):
-            torch.cuda.graph.default_capture_stream = None  # up to torch 2.13 it stays on the device of the first graph
-            return functools.partial(torch.cuda.make_graphed_callables(self.text_features, (ctx,)), self.ctx)
+        """Unit-norm features (K, E) of the prompts with `ctx`, or another context of its shape."""
+        ctx = self.ctx if ctx is None else ctx
+        _check(ctx.shape == self.ctx.shape, f"a context of shape {tuple(ctx.shape)} instead of "
+               f"{tuple(self.ctx.shape)}")
+        return encode_prompts(self.clip_model, self._prompts, ctx)
 
     def forward(self, image_features, text_features=None):
-        """Logits (B, K) of image features (B, E): exp(logit_scale) * cosine, the scale frozen at CLIP's value. text_features: what
-        `text_features()` gave, if it is at hand."""
+        """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
+        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: if they are at hand."""
         text_features = self.text_features() if text_features is None else text_features
-        return self.clip_model.logit_scale.exp() * F.normalize(image_features, dim=-1) @ text_features.T
+        cosines = F.normalize(image_features, dim=-1) @ text_features.T
+        return self.clip_model.logit_scale.exp() * cosines
 
     def loss(self, logits, labels, text_features):
-        """What `fit` makes small: the cross-entropy (equation 1) of logits (B, K)."""
+        """The training loss: cross-entropy, minus the log of equation 1 at the labels."""
         return F.cross_entropy(logits, labels)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
-        """Learns the context by the paper's recipe (section 4.1) and returns self; starts from the context as it is, the schedule anew.
+        """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
-        image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image. labels: (N,) integers.
-        SGD, momentum 0.9, weight decay 5e-4, the schedule of `learning_rate`; a last short batch is dropped unless it is the
-        only one. epochs=None: `n_epochs` of the largest number of images a class.
-        `history_` holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned so far and sets `interrupted_`.
+        image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image.
+        labels: (N,) integers. epochs: None for `n_epochs` of the largest class. `history_` holds
+        loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned and sets
+        `interrupted_`. Raises RuntimeError when the loss is no longer finite.
         """
-        features, labels = self._check(image_features, labels, views=True)
-        if batch_size < 1 or (epochs is not None and epochs < 0) or not 0 <= lr < math.inf:
-            raise ValueError(f"batch_size must be 1 or more, epochs and lr 0 or more, not {batch_size}, {epochs} and {lr}")
-        N, device, rows = len(features), features.device, torch.arange(len(features), device=features.device)
-        epochs, batch_size = n_epochs(labels.bincount().max().item(), epochs), min(batch_size, N)
-        optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
-        for parameter in self.parameters():  # else unset by a first step that fp16 skips
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        # small gradients survive fp16; scaled by the usual 65536 the first would be too large and its step skipped
-        scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=half_precision(device) is torch.float16)
-        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same order on every device
-        self.history_, self.interrupted_ = {"loss": [], "accuracy": [], "lr": []}, False
-        bar, encode = tqdm(range(epochs), desc="learning the context", disable=not progress), self.text_features
+        settings = epochs, lr, batch_size
+        x, y, epochs, batch_size = _training_set(self, image_features, labels, *settings)
+        optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        generator = torch.Generator("cpu").manual_seed(self.seed)  # the same order on every device
+        self.history_ = {"loss": [], "accuracy": [], "lr": []}
+        self.interrupted_ = False
         try:
-            if device.type == "cuda" and len(self._chunks) == len(list(self.parameters())) == 1 and not torch.is_anomaly_enabled():
-                encode = self._recorded()  # over a thousand small kernels with RN50's text tower
-            for epoch in bar:
+            for epoch in tqdm(range(epochs), desc="learning the context", disable=not progress):
                 optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
-                order, x = torch.randperm(N, generator=generator).to(device), features
-                if features.ndim == 3:
-                    x = features[rows, torch.randint(features.shape[1], (N,), generator=generator).to(device)]  # (N, E)
-                loss_sum, right, steps = 0, 0, N // batch_size
-                for batch in order[:steps * batch_size].split(batch_size):
-                    text_features = encode()  # (K, E)
-                    logits = self(x[batch], text_features)  # (B, K)
-                    loss = self.loss(logits, labels[batch], text_features)
+                losses = []
+                hits = []
+                for batch, view in _batches(x, batch_size, generator):
+                    text_features = self.text_features()  # (K, E)
+                    logits = self(x[batch, view], text_features)  # (B, K)
+                    loss = self.loss(logits, y[batch], text_features)
                     optimizer.zero_grad()
-                    scaler.scale(loss).backward()
-                    scaler.step(optimizer)
-                    scaler.update()
-                    loss_sum, right = loss_sum + loss.detach(), right + (logits.argmax(1) == labels[batch]).sum()
-                self.history_["loss"].append(float(loss_sum) / steps)
-                self.history_["accuracy"].append(100 * float(right) / (steps * batch_size))
-                self.history_["lr"].append(optimizer.param_groups[0]["lr"])
-                bar.set_postfix(loss=f"{self.history_['loss'][-1]:.3f}", refresh=False)
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                    hits.append(logits.argmax(1) == y[batch])
+                self._note(torch.stack(losses), torch.cat(hits), optimizer.param_groups[0]["lr"])
         except KeyboardInterrupt:
             self.interrupted_ = True
-            done = len(self.history_["loss"])
-            print(f"interrupted after {done} of {epochs} epochs: the context learned so far is kept", file=sys.stderr)
-        finally:
-            encode = text_features = logits = loss = None
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                gc.collect()  # a graph is in a reference cycle, and its memory with it
+            print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs: the context "
+                  "learned so far is kept", file=sys.stderr)
+        optimizer.zero_grad()
         return self
 
-    def _check(self, features, labels=..., views=False):
-        """Features and labels on our device, or one clear error."""
-        device, K, E = self.ctx.device, len(self.classnames), self.clip_model.text_projection.shape[1]
-        features = torch.as_tensor(features).detach().to(device, torch.float32)
-        if features.ndim not in ((2, 3) if views else (2,)) or features.shape[-1] != E or not features.numel():
-            raise ValueError(f"image features must be (N, {E}){f' or (N, views, {E})' if views else ''}, "
-                             f"not {tuple(features.shape)}: are they from encode_images with the same model?")
-        if len(bad := (~features.isfinite().flatten(1).all(1)).nonzero()):
-            raise ValueError(f"{len(bad)} of {len(features)} image features are NaN or infinite, first row {int(bad[0])} "
-                             "(an image that could not be read?)")
-        if labels is ...:
-            return features
-        try:
-            labels = torch.as_tensor(labels, device=device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"labels must be {len(features)} integers, the places of the classes ({error})") from error
-        if labels.shape != (len(features),) or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"labels must be {len(features)} integers, one a feature, not {labels.dtype} {tuple(labels.shape)}")
-        labels = labels.long()
-        if len(wrong := labels[(labels < 0) | (labels >= K)]):
-            raise ValueError(f"label {int(wrong[0])} is outside of the {K} classes (0 to {K - 1})")
-        return features, labels
+    def _note(self, losses, hits, lr):
+        """Writes an epoch into `history_`, or stops a training that diverges."""
+        loss = losses.mean().item()
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} in epoch {len(self.history_['loss'])}: training "
+                               "diverges, and the context is of no use; start anew with a smaller lr")
+        self.history_["loss"].append(loss)
+        self.history_["accuracy"].append(100 * hits.double().mean().item())
+        self.history_["lr"].append(lr)
 
     @torch.no_grad()
     def predict_proba(self, image_features):
-        """Class probabilities (N, K) of image features (N, E)."""
-        return self(self._check(image_features)).softmax(1)
+        """Class probabilities (N, K) of image features (N, E), equation 1."""
+        return self(_check_features(self, image_features)).softmax(1)
 
     def predict(self, image_features):
         """Class indices (N,) of image features (N, E)."""
@@ -422,58 +811,68 @@ class CoOp(torch.nn.Module):
 
     def score(self, image_features, labels):
         """Micro accuracy in [0, 1]: all images count alike."""
-        features, labels = self._check(image_features, labels)
-        return (self.predict(features) == labels).float().mean().item()
+        predicted = self.predict(image_features)
+        return (predicted == _check_labels(self, labels, len(predicted))).double().mean().item()
 
     @torch.no_grad()
     def nearest_words(self, k=3):
-        """The k nearest rows of CLIP's token embedding (the paper's interpretation; Euclidean), always of the CLIP trained with.
+        """The k nearest rows of CLIP's token embedding (the paper's section 4.4; Euclidean).
 
-        Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such lists. Do not read much
-        into them: the paper could not, and neither can we.
+        Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such
+        lists. Do not read much into them: the paper could not, and neither can we.
         """
-        embedding, result = self.clip_model.token_embedding.weight, []
-        for ctx in self.ctx.view(-1, self.n_ctx, self.ctx.shape[-1]):  # (M, D)
-            distances, ids = torch.cdist(ctx, embedding).topk(k, largest=False)  # (M, k)
-            result.append([[(_tokenizer.decode([i]).strip(), d) for d, i in zip(*row)] for row in zip(distances.tolist(), ids.tolist())])
-        return result if self.class_specific else result[0]
+        embedding = self.clip_model.token_embedding.weight
+        result = []
+        for vector in self.ctx.flatten(0, -2):  # (D,)
+            distances, ids = torch.cdist(vector[None], embedding)[0].topk(k, largest=False)
+            words = [_tokenizer.decode([i]).strip() for i in ids.tolist()]
+            result.append(list(zip(words, distances.tolist())))
+        if not self.class_specific:
+            return result
+        return [result[i:i + self.n_ctx] for i in range(0, len(result), self.n_ctx)]
 
     def save(self, path):
-        """Writes the context and what it needs (kilobytes; class-specific, K times as many), whole or not at all."""
-        if len(self.state_dict()) > 1:
-            raise ValueError("save keeps ctx only, but this variant has more parameters: save its state_dict()")
-        state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "classnames": [str(n) for n in self.classnames],
-                 "class_specific": self.class_specific, "class_position": self.class_position, "seed": self.seed,
-                 "text_encoder": fingerprint(self.clip_model, "visual.")}
-        with atomic(path) as file:
+        """Writes the context and what it needs (kilobytes; class-specific, K times as many)."""
+        _check(len(self.state_dict()) == 1, "save keeps ctx only, but this variant has more "
+               "parameters: save its state_dict()")
+        _check(self.ctx.isfinite().all(), "the context holds NaN or infinity: not saved")
+        state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "seed": self.seed,
+                 "classnames": list(map(str, self.classnames)),
+                 "class_specific": self.class_specific, "class_position": self.class_position,
+                 "text_encoder": sha256_of(self.clip_model.state_dict(), "visual."),
+                 "sha256": sha256_of(self.state_dict())}
+        with whole_file(path) as file:
             torch.save(state, file)
 
     @classmethod
     def load(cls, path, model, classnames=None):
-        """Reads a saved context for the CLIP it was learned with; a unified one may be put before other class names."""
-        try:
-            state = torch.load(path, "cpu", weights_only=True)
-            if not isinstance(state, dict) or state.get("format") != "mini-coop 1":
-                raise ValueError("not written by CoOp.save")
-            ctx, names, specific, position, seed, text_encoder = (
-                state[key] for key in ("ctx", "classnames", "class_specific", "class_position", "seed", "text_encoder"))
-            if ctx.ndim != 2 + specific or not ctx.isfinite().all():
-                raise ValueError(f"a context of shape {tuple(ctx.shape)}, or one that is not finite")
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # a file that is not ours can raise anything
-            reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            raise ValueError(f"{path} holds no context of ours, or is damaged ({reason})") from error
-        if text_encoder != fingerprint(model, "visual."):
-            raise ValueError(f"{path} was learned with another text encoder: load the CLIP that it was learned with")
-        classnames = names if classnames is None else classnames if isinstance(classnames, str) else list(classnames)
-        if specific and [str(name) for name in classnames] != names:
-            raise ValueError(f"{path} is class-specific: it serves only the {len(names)} classes that it was learned for")
-        coop = cls(model, classnames, ctx.shape[-2], specific, position, seed=seed)
+        """Reads a saved context for the CLIP that it was learned with. A unified one can be used
+        with other class names. Raises ValueError for a damaged file and for another CLIP."""
+        path = Path(path).expanduser()
+        with open(path, "rb") as file:
+            try:
+                state = torch.load(file, "cpu", weights_only=True)
+                ctx = state["ctx"]
+                _check(state["format"] == "mini-coop 1", "not written by CoOp.save")
+                _check(ctx.isfinite().all() and state.get("sha256") in (None, sha256_of({"ctx": ctx})),
+                       "its numbers are not those that were saved")
+                options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
+                names = state["classnames"] if classnames is None else classnames
+                learned_with = state["text_encoder"]
+            except Exception as error:  # a file that is not ours can raise anything
+                raise ValueError(f"{path} holds no context of ours, or is damaged: "
+                                 + _reason(error)) from error
+        _check(learned_with == sha256_of(model.state_dict(), "visual."),
+               f"{path} was learned with another text encoder: load the CLIP that it was learned with")
+        coop = cls(model, names, ctx.shape[-2], **options)
+        _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
+               f"{path} is class-specific: it serves only the {len(ctx)} classes that it was learned "
+               "for, in this order")
         coop.ctx.data.copy_(ctx)
         return coop
 
 
-if __name__ == "__main__":
-    from mini_coop.grid import main
-    main()
+if __name__ == "__main__":  # the main job
+    import runpy
+    sys.modules["mini_coop"] = sys.modules["__main__"]  # which data/grid.py imports
+    runpy.run_path(str(shared_folder() and DATA / "grid.py"), run_name="__main__")

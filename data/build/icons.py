@@ -1,4 +1,4 @@
-"""The pure-Python parts of the recipe: names, styles, captions, near-duplicates, splits.
+"""The pure-Python parts of the recipe: names, styles, near-duplicates, splits.
 
 Nothing here draws, trains or reads the network; `tests/test_build.py` covers this file.
 """
@@ -22,12 +22,6 @@ STYLE_WORDS = {
     "bold": "bold", "thin": "thin", "light": "thin", "duotone": "two-tone", "twotone": "two-tone",
     "sharp": "", "rounded": "", "round": "", "remix": "", "loop": "", "transition": "", "24px": "",
 }
-SYNONYMS = {
-    "outline": ["outline", "outlined", "line", "linear"], "solid": ["solid", "filled", "fill", "solid black"],
-    "thin": ["thin", "thin line", "light", "fine"], "bold": ["bold", "thick", "heavy"],
-    "two-tone": ["two-tone", "duotone", "two tone"], "colour": ["color", "colorful", "colour", "flat color"],
-    "emoji": ["emoji", "emoji style"], "pixel": ["pixel", "pixel art", "pixelated"], "sketch": ["hand-drawn", "sketched"],
-}
 SET_STYLES = {  # what the whole set is
     **dict.fromkeys(["emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto", "noto-v1", "streamline-emojis",
                      "twemoji", "emojione-monotone", "fluent-emoji-high-contrast"], "emoji"),
@@ -38,12 +32,6 @@ SET_STYLES = {  # what the whole set is
     **dict.fromkeys(["uit", "simple-line-icons", "mdi-light"], "thin"), **dict.fromkeys(["icon-park-twotone", "uim", "duo-icons"], "two-tone"),
 }
 PREFIX_STYLES = {"ic": {"baseline": "solid", "outline": "outline", "round": "solid", "sharp": None, "twotone": None}}  # None: dropped
-NOUNS = ["icon", "symbol", "drawing", "pictogram", "sign", "glyph", "picture"]
-FILLER = ("the of to and in for with on by from at as is it this that these those its our my your their one some any each all "
-          "more most very just only also here there now then new old good big small little simple plain nice clean common "
-          "shown seen made drawn used called named about like which what").split()
-COLOURS = {"red": (208, 32, 38), "blue": (28, 84, 200), "green": (24, 140, 60), "orange": (232, 120, 16), "purple": (116, 44, 160),
-           "pink": (226, 70, 140), "brown": (118, 74, 40), "gray": (120, 120, 120), "yellow": (216, 172, 0), "teal": (0, 132, 132)}
 BRAND = re.compile(r"\b(logo|logos|brand|brands|social|facebook|twitter|google|microsoft|amazon|instagram|youtube|github|gitlab|"
                    r"linkedin|whatsapp|tiktok|android|slack|discord|spotify|paypal|visa|mastercard|figma|dribbble|pinterest|reddit|"
                    r"telegram|wechat|alipay|skype|snapchat|tumblr|vimeo|twitch|steam|playstation|xbox|ubuntu|docker|ibm|aws|azure|chrome|"
@@ -115,35 +103,6 @@ def few_colours(picture):
 def picture_hash(picture):
     """First 5 bytes of the SHA-256 of a drawing's RGB pixels in few colours: enough to tell 100,000 drawings apart."""
     return hashlib.sha256(few_colours(picture).convert("RGB").tobytes()).digest()[:5]
-
-
-def an(word):
-    """'umbrella' -> 'an umbrella'."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def caption(rng, name, styles, colour=""):
-    """One training caption for an icon called `name`; `styles` are its style keys, `colour` a colour word if it was recoloured."""
-    style = rng.choice(SYNONYMS[rng.choice(styles)]) if styles else ""
-    if colour:
-        style = rng.choice([colour, f"{colour} {style}".strip()])
-    noun, kind = rng.choice(NOUNS), rng.random()
-    if kind < 0.20 and not colour:
-        text = name
-    elif kind < 0.32 and not colour:
-        text = an(name)
-    elif kind < 0.46 or not style:
-        text = rng.choice([f"{an(noun)} of {an(name)}", f"{name} {noun}", f"{an(name)} {noun}", f"{noun} of {name}", f"{an(noun)} of {name}"])
-    elif kind < 0.82:
-        text = rng.choice([f"{style} {name}", f"{an(style)} {name}", f"{name}, {style}", f"{style} {noun} of {an(name)}",
-                           f"{an(style)} {noun} of {an(name)}", f"{an(name)} {noun} in {style} style", f"{name} {style}",
-                           f"{an(style)} {noun}, {name}", f"{an(style)} {noun} of {an(name)} on white", f"{style} {noun}"])
-    else:  # filler first, so that the text positions where CoOp puts the class name are trained
-        words = rng.choices(FILLER, k=rng.randint(2, 19))
-        if rng.random() < 0.5:
-            words[rng.randrange(len(words))] = rng.choice([style, noun])
-        text = f"{' '.join(words)} {name}"
-    return text + rng.choice(["", "."])
 
 
 def thumbnails(pictures):

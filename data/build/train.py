@@ -1,14 +1,17 @@
-"""Step 2: pre-trains the mini-CLIP on the drawn icons and their names, and writes it in OpenAI's layout.
+"""Step 2: pre-trains the mini-CLIP on the drawn icons and their names; writes it in OpenAI's layout.
 
     python train.py --minutes 90 [--work work] [--out ../mini_clip.pt]
-    python train.py --evaluate ../mini_clip.pt      the figures of the data card: steps, loss, accuracy on held-out sets
+    python train.py --minutes 90 --start ../mini_clip.pt    goes on from given weights
+    python train.py --evaluate ../mini_clip.pt    loss, and accuracy on held-out sets, of a checkpoint
 
-The learning rate follows the time spent, so that a run ends when you say, on any machine. A checkpoint is kept every five
-minutes and taken up again by the same command. What is printed is also the training log: work/train.log.
+The learning rate follows the time spent, so a run ends when you say, on any machine. A checkpoint is
+kept every five minutes and the same command resumes from it. What is printed is kept in train.log.
 """
 import argparse
+import json
 import math
 import random
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,230 +22,433 @@ import torch
 import torch.nn.functional as F
 from clip.model import CLIP, build_model
 
-from icons import COLOURS, HERE, SET_STYLES, SYNONYMS, caption, near_duplicates, picture_hash, read_sets, thumbnails
+from captions import COLOURS, FILLER, caption, noise, read_tags, true_of
+from icons import HERE, SET_STYLES, near_duplicates, picture_hash, read_sets, thumbnails
 
-BATCH, LR, WEIGHT_DECAY, WARM_UP = 512, 1.5e-3, 0.05, 200
-THRESHOLD = 0.95  # correlation with a held-out drawing from which a pre-training drawing is left out: chosen by looking at pairs
-STYLES = list(SYNONYMS)
+BATCH = 512
+LR = 1e-3
+WEIGHT_DECAY = 0.05
+WARM_UP = 100  # steps
+EMA = 0.998  # decay per step of the average of the weights, which is what ships
+# Correlation with a held-out drawing from which a pre-training drawing is left out; chosen by looking.
+THRESHOLD = 0.95
+SOS = 49406
+EOT = 49407
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
+
+def new_model():
+    """A CLIP small enough for a CPU: embedding 256, ResNet (1, 1, 1, 1) of width 32 on 64 pixels,
+    text transformer of width 128 with 2 heads and 4 layers; random weights."""
+    return CLIP(256, 64, (1, 1, 1, 1), 32, None, 77, 49408, 128, 2, 4)
+
+
+# ---------------------------------------------------------------- the drawings
 
 def measured_style(gray):
-    """(N, 64, 64) uint8 -> style of each drawing read off its pixels: what is left of the ink when strokes are worn away."""
+    """(N, 64, 64) uint8 -> style of each drawing, read off its pixels: what is left of the ink when
+    strokes are worn away."""
     ink = torch.from_numpy((gray < 128)[:, None].astype(np.float32))
-    left = [(-F.max_pool2d(-ink, k, 1, k // 2)).mean((1, 2, 3)) / ink.mean((1, 2, 3)).clamp(min=1e-6) for k in (3, 7)]
     middle = torch.from_numpy(((gray > 70) & (gray < 235))[:, None].astype(np.float32))
-    tone = (-F.max_pool2d(-middle, 5, 1, 2)).mean((1, 2, 3)) > 0.02
-    return ["two-tone" if t else "thin" if a < 0.12 else "solid" if b > 0.2 else "outline" for a, b, t in zip(*left, tone)]
+
+    def worn(x, k):
+        return (-F.max_pool2d(-x, k, 1, k // 2)).mean((1, 2, 3))
+
+    amount = ink.mean((1, 2, 3)).clamp(min=1e-6)
+    after_3 = (worn(ink, 3) / amount).tolist()
+    after_7 = (worn(ink, 7) / amount).tolist()
+    tone = (worn(middle, 5) > 0.02).tolist()
+    styles = []
+    for thin, thick, two_tone in zip(after_3, after_7, tone):
+        if two_tone:
+            styles.append("two-tone")
+        elif thin < 0.12:
+            styles.append("thin")
+        else:
+            styles.append("solid" if thick > 0.2 else "outline")
+    return styles
+
+
+def load_drawn(work, role, only=None):
+    """The drawn sets of one role -> list of (row of sets.tsv, arrays of its .npz)."""
+    sets = []
+    for row in read_sets():
+        file = work / f"drawn/{row['set']}.npz"
+        if row["role"] == role and file.exists() and (not only or row["set"] in only):
+            sets.append((row, dict(np.load(file))))
+    return sets
 
 
 class Icons:
-    """The pre-training drawings (those of held-out sets and their near-duplicates removed) and how to draw batches of them."""
+    """The pre-training drawings, without near-duplicates of held-out ones, and batches of them."""
 
     def __init__(self, work, only=None):
-        rows = [r for r in read_sets() if (work / f"drawn/{r['set']}.npz").exists() and (not only or r["set"] in only)]
-        load = lambda row: dict(np.load(work / f"drawn/{row['set']}.npz"))  # noqa: E731
-        held = np.concatenate([thumbnails(load(r)["pictures"]) for r in rows if r["role"] == "held-out"] or [np.zeros((1, 256), np.float32)])
-        self.gray, self.rgb, self.where, self.names, self.others, self.styles, self.weight = [], [], [], [], [], [], []
-        hashes, removed = [], 0
-        for row in [r for r in rows if r["role"] == "pretrain"]:
-            data = load(row)
-            pictures = data["pictures"]
-            keep = ~near_duplicates(thumbnails(pictures), held, THRESHOLD)
+        held = [thumbnails(data["pictures"]) for _, data in load_drawn(work, "held-out", only)]
+        held = np.concatenate(held or [np.zeros((1, 256), np.float32)])
+        self.tags = read_tags(work / "node_modules")
+        self.gray = []
+        self.rgb = []
+        self.where = []  # of each drawing: whether it is in rgb, and at which place
+        self.names = []
+        self.others = []  # other names of the same drawing, from its set
+        self.styles = []
+        self.weight = []
+        hashes = []
+        removed = 0
+        for row, data in load_drawn(work, "pretrain", only):
+            keep = ~near_duplicates(thumbnails(data["pictures"]), held, THRESHOLD)
             removed += int((~keep).sum())
-            measured = measured_style(pictures if pictures.ndim == 3 else pictures.mean(-1))
-            for i in np.flatnonzero(keep):
-                picture, set_style = pictures[i], SET_STYLES.get(row["set"])
-                styles = ["colour"] if data["colour"][i] else [str(data["styles"][i]) or measured[i]]
-                styles += ["thin"] if styles == ["outline"] and measured[i] == "thin" else []
-                styles += [set_style] if set_style and set_style not in styles else []
-                store = self.rgb if picture.ndim == 3 else self.gray
-                self.where.append((picture.ndim == 3, len(store)))
-                store.append(picture)
-                self.names.append(str(data["names"][i]))
-                self.others.append([w.replace("-", " ") for w in str(data["others"][i]).split("|") if w])
-                self.styles.append(styles)
-                self.weight.append(2.0 if data["colour"][i] else 0.5 if row["set"] in ("material-symbols", "material-symbols-light", "ic") else 1.0)
-                hashes.append(picture_hash(picture))
-        self.gray, self.rgb = np.array(self.gray), np.array(self.rgb).reshape(-1, 64, 64, 3)
+            self._add(row["set"], data, np.flatnonzero(keep))
+            hashes += [picture_hash(data["pictures"][i]) for i in np.flatnonzero(keep)]
+        self.gray = np.array(self.gray)
+        self.rgb = np.array(self.rgb).reshape(-1, 64, 64, 3)
         self.weight = np.cumsum(self.weight) / np.sum(self.weight)
-        self.ids = {name: i for i, name in enumerate(sorted(set(self.names)))}
         self.hashes = np.unique(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 5), axis=0)
-        print(f"{len(self.names)} pre-training drawings of {len(self.ids)} names; {removed} near-duplicates of held-out ones left out", flush=True)
+        print(f"{len(self.names)} pre-training drawings of {len(set(self.names))} names; "
+              f"{removed} near-duplicates of held-out ones left out", flush=True)
+
+    def _add(self, prefix, data, indices):
+        """Takes the drawings at `indices` of one set."""
+        pictures = data["pictures"]
+        measured = measured_style(pictures if pictures.ndim == 3 else pictures.mean(-1))
+        many = prefix in ("material-symbols", "material-symbols-light", "ic")  # much alike
+        for i in indices:
+            in_colour = bool(data["colour"][i])
+            styles = ["colour"] if in_colour else [str(data["styles"][i]) or measured[i]]
+            if styles == ["outline"] and measured[i] == "thin":
+                styles.append("thin")
+            if SET_STYLES.get(prefix) and SET_STYLES[prefix] not in styles:
+                styles.append(SET_STYLES[prefix])
+            store = self.rgb if pictures.ndim == 4 else self.gray
+            self.where.append((pictures.ndim == 4, len(store)))
+            store.append(pictures[i])
+            self.names.append(str(data["names"][i]))
+            others = str(data["others"][i]).split("|")
+            self.others.append([word.replace("-", " ") for word in others if word])
+            self.styles.append(styles)
+            self.weight.append(2.0 if in_colour else 0.5 if many else 1.0)
 
     def batch(self, rng, size):
-        """-> images (B, 3, 64, 64) in [0, 1], captions (B,), true (B, B) bool: caption j is true of image i."""
+        """-> images (B, 3, 64, 64) in [0, 1], captions (B,), true (B, B) bool: true[i, j] where
+        caption j is true of image i."""
         picks = np.searchsorted(self.weight, [rng.random() for _ in range(size)])
-        images, captions, facts = np.empty((size, 64, 64, 3), np.float32), [], []
+        images = np.empty((size, 64, 64, 3), np.float32)
+        captions = []
+        told = []
+        known = []
         for row, i in enumerate(picks):
-            in_rgb, at = self.where[i]
-            images[row] = self.rgb[at] / 255 if in_rgb else (self.gray[at] / 255)[..., None]
-            colour = rng.choice(list(COLOURS)) if not in_rgb and rng.random() < 0.25 else ""
-            if colour:
-                images[row] = 1 - (1 - images[row]) * (1 - np.array(COLOURS[colour], np.float32) / 255)
-            said = rng.choice(self.others[i]) if self.others[i] and rng.random() < 0.3 else self.names[i]
+            images[row], colour, inverted = self._picture(rng, i)
+            tags = self.tags.get(self.names[i], [])
+            said = self.names[i]
+            if self.others[i] and rng.random() < 0.2:
+                said = rng.choice(self.others[i])
+            if tags and rng.random() < 0.2:
+                said = rng.choice(tags)
             mention = colour if rng.random() < 0.5 else ""
-            text = caption(rng, said, self.styles[i], mention)
+            text, claims = caption(rng, said, self.styles[i], mention,
+                                   inverted and rng.random() < 0.6)
             captions.append(text)
-            told = {s for s in self.styles[i] if any(w in text for w in SYNONYMS[s])} | ({mention} - {""})
-            facts.append((self.ids[self.names[i]], set(self.styles[i]) | ({colour} - {""}), told, said in text))
-        names = torch.tensor([f[0] for f in facts])
-        same = names[:, None] == names[None]
+            told.append(claims)
+            facts = {f"name {word}" for word in (self.names[i], *self.others[i], *tags)}
+            facts |= {f"style {style}" for style in self.styles[i]}
+            facts |= {f"colour {colour}"} if colour else set()
+            facts |= {"inverted"} if inverted else set()
+            known.append(facts)
         true = torch.eye(size, dtype=torch.bool)
-        for i, j in same.nonzero().tolist() + [(i, j) for j, f in enumerate(facts) if not f[3] for i in range(size)]:
-            true[i, j] |= facts[j][2] <= facts[i][1]
+        image_at, caption_at = zip(*true_of(told, known))
+        true[list(image_at), list(caption_at)] = True
         return torch.from_numpy(images).permute(0, 3, 1, 2), captions, true
 
+    def _picture(self, rng, i):
+        """Drawing i -> (64, 64, 3) in [0, 1], the colour it was given ("" for none), inverted or not.
 
-MEAN, STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        A quarter of the black drawings get a colour, 8 % of all are inverted (dark mode).
+        """
+        in_rgb, at = self.where[i]
+        picture = (self.rgb[at] if in_rgb else self.gray[at][..., None]).astype(np.float32) / 255
+        colour = ""
+        if not in_rgb and rng.random() < 0.25:
+            colour = rng.choice(list(COLOURS))
+            picture = 1 - (1 - picture) * (1 - np.array(COLOURS[colour], np.float32) / 255)
+        inverted = rng.random() < 0.08
+        return 1 - picture if inverted else picture, colour, inverted
 
 
 def augment(images):
-    """Rotation up to 8.6 degrees, scale 0.75 to 1.2, shift up to 11 %, on white, then CLIP's mean and std; (B, 3, 64, 64)."""
+    """Rotates up to 8.6 degrees, scales 0.75 to 1.2, shifts up to 11 %; (B, 3, 64, 64) both.
+
+    What comes in at the edges has the colour of the drawing's own corner."""
     n = len(images)
-    angle, scale = (torch.rand(n) - 0.5) * 0.3, 1 / (0.75 + 0.45 * torch.rand(n))
-    theta = torch.stack([scale * angle.cos(), -scale * angle.sin(), (torch.rand(n) - 0.5) * 0.44,
-                         scale * angle.sin(), scale * angle.cos(), (torch.rand(n) - 0.5) * 0.44], 1).view(n, 2, 3)
+    angle = (torch.rand(n) - 0.5) * 0.3
+    scale = 1 / (0.75 + 0.45 * torch.rand(n))
+    shift = (torch.rand(2, n) - 0.5) * 0.44
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    theta = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).view(n, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.device)
-    images = 1 - F.grid_sample(1 - images, grid, align_corners=False)
-    return normalise(images)
+    background = images[:, :, :1, :1]
+    return background + F.grid_sample(images - background, grid, align_corners=False)
 
 
 def normalise(images):
-    return (images - MEAN.to(images.device).view(3, 1, 1)) / STD.to(images.device).view(3, 1, 1)
+    """CLIP's mean and standard deviation."""
+    return (images - MEAN.to(images.device)) / STD.to(images.device)
 
+
+# ---------------------------------------------------------------- the model's two sides
 
 class Tokenizer:
-    """clip.tokenize, a word at a time from a table: the same tokens, without cleaning every word anew."""
+    """clip.tokenize, a word at a time from a table: the same tokens, quicker; and the noise."""
 
     def __init__(self):
-        self.encode, self.words = clip.simple_tokenizer.SimpleTokenizer().encode, {}
+        self.encode = clip.simple_tokenizer.SimpleTokenizer().encode
+        self.words = {}
+        self.filler = sum((self.encode(word) for word in FILLER), [])
 
-    def __call__(self, texts):
+    def tokens(self, text):
+        ids = []
+        for word in text.split():
+            if word not in self.words:
+                self.words[word] = self.encode(word)
+            ids += self.words[word]
+        return ids
+
+    def __call__(self, texts, rng=None):
+        """Texts -> padded tokens (B, L); with an rng, half of them get noise."""
         rows = []
         for text in texts:
-            ids = [49406]
-            for word in text.split():
-                if word not in self.words:
-                    self.words[word] = self.encode(word)
-                ids += self.words[word]
-            rows.append(torch.tensor(ids[:76] + [49407]))
+            before, after = noise(rng, self.filler) if rng else ([], [])
+            ids = [SOS, *before, *self.tokens(text), *after]
+            rows.append(torch.tensor(ids[:76] + [EOT]))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def encode_text(model, tokens):
-    """CLIP's encode_text on rows (B, 77 or fewer): nothing after a chunk's longest EOT is computed (B, E)."""
-    lengths, out = tokens.argmax(1) + 1, [None] * len(tokens)
+    """CLIP's encode_text on rows (B, L), L <= 77 -> (B, E).
+
+    In four parts of like length: nothing after a part's longest EOT is computed."""
+    lengths = tokens.argmax(1) + 1
     order = lengths.argsort()
+    features = []
     for part in order.chunk(4):
-        x = tokens[part, : lengths[part].max()]
-        h = model.token_embedding(x) + model.positional_embedding[: x.shape[1]]
-        h = h.permute(1, 0, 2)
+        L = int(lengths[part].max())
+        x = model.token_embedding(tokens[part, :L]) + model.positional_embedding[:L]
+        x = x.permute(1, 0, 2)  # (L, b, D), as CLIP's attention wants it
+        mask = model.build_attention_mask()[:L, :L].to(x)
         for block in model.transformer.resblocks:
-            mask = model.build_attention_mask()[: len(h), : len(h)].to(h)
-            y = block.ln_1(h)
-            h = h + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-            h = h + block.mlp(block.ln_2(h))
-        h = model.ln_final(h.permute(1, 0, 2)).float()
-        for row, feature in zip(part.tolist(), h[torch.arange(len(part)), lengths[part] - 1] @ model.text_projection):
-            out[row] = feature
-    return torch.stack(out)
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+            x = x + block.mlp(block.ln_2(x))
+        x = model.ln_final(x.permute(1, 0, 2)).float()
+        features.append(x[torch.arange(len(part)), lengths[part] - 1] @ model.text_projection)
+    return torch.cat(features)[order.argsort()]
 
 
-def contrastive_loss(model, images, captions, true, tokenizer, device):
-    """CLIP's symmetric loss on one augmented batch; a caption that is true of another image too is no negative for it."""
-    images = augment(images.to(device)).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device, torch.bfloat16):
+def contrastive_loss(model, batch, tokenizer, rng, device, half):
+    """CLIP's symmetric loss on one augmented batch; a caption that is true of another image too is no
+    negative for it. half: bfloat16 for the two encoders."""
+    images, captions, true = batch
+    images = normalise(augment(images.to(device)))
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device, torch.bfloat16, enabled=half):
         image = model.visual(images).float()
-        text = encode_text(model, tokenizer(captions).to(device)).float()
-    logits = model.logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
-    logits = logits.masked_fill((true & ~torch.eye(len(true), dtype=torch.bool)).to(device), -1e4)
+        text = encode_text(model, tokenizer(captions, rng).to(device)).float()
+    scale = model.logit_scale.exp()
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
+    other = true & ~torch.eye(len(true), dtype=torch.bool)
+    logits = logits.masked_fill(other.to(device), -1e4)
     target = torch.arange(len(true), device=device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+# ---------------------------------------------------------------- the yardstick
+
+class HeldOut:
+    """Top-1 among the most frequent names of the held-out sets, up to three drawings per name, drawn by
+    a fixed seed: the log's yardstick."""
+
+    def __init__(self, work, names=1000, each=3):
+        by_name = {}
+        for _, data in load_drawn(work, "held-out"):
+            for name, picture in zip(data["names"].tolist(), data["pictures"]):
+                by_name.setdefault(name, []).append(picture)
+        counts = Counter({name: len(pictures) for name, pictures in by_name.items()})
+        self.names = [name for name, _ in counts.most_common(names)]
+        rng = random.Random(0)
+        pictures = []
+        labels = []
+        for label, name in enumerate(self.names):
+            for picture in rng.sample(by_name[name], min(each, len(by_name[name]))):
+                flat = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, -1)
+                pictures.append(flat)
+                labels.append(label)
+        self.pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        self.labels = torch.tensor(labels)
+
+    @torch.no_grad()
+    def accuracy(self, model, tokenizer, device):
+        """In %."""
+        model.eval()
+        text = F.normalize(encode_text(model, tokenizer(self.names).to(device)), dim=1)
+        predicted = []
+        for part in self.pictures.split(500):
+            image = F.normalize(model.visual(normalise(part.to(device) / 255)), dim=1)
+            predicted.append((image @ text.T).argmax(1).cpu())
+        model.train()
+        return 100 * (torch.cat(predicted) == self.labels).float().mean().item()
+
+
+# ---------------------------------------------------------------- the run
+
+class Run:
+    """Model, average of its weights, optimiser, and how far they are; kept in work/checkpoint.pt."""
+
+    def __init__(self, work, device, start=None):
+        torch.manual_seed(0)
+        self.device = device
+        self.file = work / "checkpoint.pt"
+        self.log_file = work / "train.log"
+        self.model = new_model()
+        if start:
+            state = torch.load(start, map_location="cpu", weights_only=True)
+            self.model.load_state_dict({key: state[key] for key in self.model.state_dict()})
+        self.model.to(device, memory_format=torch.channels_last).train()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
+                                            {"params": others, "weight_decay": 0.0}],
+                                           lr=LR, betas=(0.9, 0.98))
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.step = 0
+        self.spent = 0.0  # seconds
+        if self.file.exists():
+            state = torch.load(self.file, map_location=device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+            self.step = state["step"]
+            self.spent = state["spent"]
+
+    def log(self, text):
+        line = f"{self.spent / 60:6.1f} min  step {self.step:5}  {text}"
+        print(line, flush=True)
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save(self):
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "average": self.average, "step": self.step, "spent": self.spent}
+        torch.save(state, self.file.with_suffix(".tmp"))
+        self.file.with_suffix(".tmp").replace(self.file)
+
+    def averaged(self):
+        """A model of the averaged weights."""
+        model = new_model().to(self.device, memory_format=torch.channels_last)
+        model.load_state_dict(self.average)
+        return model
+
+    def update(self, loss, lr):
+        """One step of the optimiser, the average after it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(EMA, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=math.log(100))
+            for key, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    self.average[key].lerp_(value, 1 - decay)
+                else:
+                    self.average[key].copy_(value)
+        self.step += 1
+
+
+def train(run, icons, held_out, tokenizer, minutes, half):
+    """Steps until `minutes` are spent: warm-up, then a cosine over the time."""
+    rng = random.Random(run.step)
+    budget = 60 * minutes
+    saved = run.spent
+    losses = []
+    while run.spent < budget:
+        start = time.perf_counter()
+        cosine = 0.5 * (1 + math.cos(math.pi * run.spent / budget))
+        lr = LR * min(1, (run.step + 1) / WARM_UP) * cosine
+        loss = contrastive_loss(run.model, icons.batch(rng, BATCH), tokenizer, rng, run.device, half)
+        run.update(loss, lr)
+        losses.append(loss.item())
+        run.spent += time.perf_counter() - start
+        if run.step % 50 == 0:
+            scale = run.model.logit_scale.exp().item()
+            run.log(f"loss {np.mean(losses[-50:]):.3f}  scale {scale:.1f}  lr {lr:.2e}")
+        if run.spent - saved > 300:
+            saved = run.spent
+            run.save()
+            accuracy = held_out.accuracy(run.averaged(), tokenizer, run.device)
+            run.log(f"held-out top-1 of 1000 names {accuracy:.1f} %")
+
+
+def write(run, out):
+    """The averaged weights in OpenAI's layout, fp16."""
+    state = {}
+    for key, value in run.average.items():
+        state[key] = value.cpu().half() if value.is_floating_point() else value.cpu()
+    build_model(dict(state))  # refuses what OpenAI's code could not read
+    torch.save(state, out.with_suffix(".tmp"))
+    out.with_suffix(".tmp").replace(out)
+
+
 @torch.no_grad()
-def held_out_accuracy(model, work, tokenizer, device, names=1000, each=3):
-    """Top-1 among the most frequent names of the held-out sets, `each` drawings a name: the log's yardstick, nothing is chosen by it."""
-    pictures, labels = [], []
-    for row in [r for r in read_sets() if r["role"] == "held-out" and (work / f"drawn/{r['set']}.npz").exists()]:
-        data = dict(np.load(work / f"drawn/{row['set']}.npz"))
-        labels += data["names"].tolist()
-        pictures += [p if p.ndim == 3 else np.repeat(p[..., None], 3, -1) for p in data["pictures"]]
-    classes = [name for name, _ in Counter(labels).most_common(names)]
-    rng, by_name = random.Random(0), {}
-    for i, label in enumerate(labels):
-        by_name.setdefault(label, []).append(i)
-    picks = [(i, k) for k, name in enumerate(classes) for i in rng.sample(by_name[name], min(each, len(by_name[name])))]
-    model.eval()
-    text = F.normalize(encode_text(model, tokenizer(classes).to(device)), dim=1)
-    right = 0
-    for part in [picks[i : i + 500] for i in range(0, len(picks), 500)]:
-        x = torch.from_numpy(np.stack([pictures[i] for i, _ in part])).to(device).permute(0, 3, 1, 2) / 255
-        right += ((F.normalize(model.visual(normalise(x)), dim=1) @ text.T).argmax(1).cpu() == torch.tensor([k for _, k in part])).sum().item()
-    model.train()
-    return 100 * right / len(picks)
+def evaluate(path, icons, held_out, tokenizer, device, half):
+    """Prints the figures of a checkpoint that the data card gives."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    model = build_model(dict(state)).float().to(device).eval()
+    torch.manual_seed(0)
+    rng = random.Random(-1)
+    losses = []
+    for _ in range(20):
+        batch = icons.batch(rng, BATCH)
+        losses.append(contrastive_loss(model, batch, tokenizer, rng, device, half).item())
+    figures = {"steps": int(state["visual.bn1.num_batches_tracked"]),
+               "loss on 20 augmented batches": round(float(np.mean(losses)), 3),
+               "logit scale": round(model.logit_scale.exp().item(), 1),
+               "held-out top-1 of 1000 names, %": round(
+                   held_out.accuracy(model, tokenizer, device), 1)}
+    print(json.dumps(figures))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     todo = parser.add_mutually_exclusive_group(required=True)
     todo.add_argument("--minutes", type=float)
     todo.add_argument("--evaluate", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="weights to start from")
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, default=HERE.parent / "mini_clip.pt")
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
+    parser.add_argument("--half", action="store_true",
+                        help="bfloat16: three times faster on a CPU or card that has it")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    icons, tokenizer = Icons(args.work, args.only), Tokenizer()
+    icons = Icons(args.work, args.only)
+    held_out = HeldOut(args.work)
+    tokenizer = Tokenizer()
     if args.evaluate:
-        state = torch.load(args.evaluate, map_location=device, weights_only=True)
-        model, rng = build_model(dict(state)).float().to(device).eval(), random.Random(-1)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            losses = [contrastive_loss(model, *icons.batch(rng, BATCH), tokenizer, device).item() for _ in range(20)]
-        print(f"{state['visual.bn1.num_batches_tracked']} steps of {BATCH}; loss on 20 augmented pre-training batches {np.mean(losses):.3f}; "
-              f"top-1 of 1000 names on held-out sets {held_out_accuracy(model, args.work, tokenizer, device):.1f} %")
+        evaluate(args.evaluate, icons, held_out, tokenizer, device, args.half)
         return
-    torch.manual_seed(0)
-    model = CLIP(256, 64, (1, 1, 1, 1), 32, None, 77, 49408, 128, 2, 4).to(device, memory_format=torch.channels_last).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                   {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.98))
-    checkpoint, step, spent = args.work / "checkpoint.pt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    rng, losses, saved, budget = random.Random(step), [], spent, 60 * args.minutes
-    while spent < budget:
-        start = time.perf_counter()
-        lr = LR * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * spent / budget))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = contrastive_loss(model, *icons.batch(rng, BATCH), tokenizer, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100))
-        losses.append(loss.item())
-        step, spent = step + 1, spent + time.perf_counter() - start
-        if step % 50 == 0:
-            print(f"{spent / 60:6.1f} min  step {step}  samples {step * BATCH}  loss {np.mean(losses[-50:]):.3f}  scale {model.logit_scale.exp():.1f}  lr {lr:.2e}", flush=True)
-        if spent - saved > 300:
-            saved = spent
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-            print(f"{spent / 60:6.1f} min  held-out top-1 of 1000 names: {held_out_accuracy(model, args.work, tokenizer, device):.1f} %", flush=True)
-    print(f"{spent / 60:6.1f} min  step {step}  samples {step * BATCH}  held-out top-1 of 1000 names: {held_out_accuracy(model, args.work, tokenizer, device):.1f} %")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in model.float().cpu().state_dict().items()}
-    build_model(dict(state))  # refuses what OpenAI's code could not read
-    torch.save(state, args.out.with_suffix(".tmp"))
-    args.out.with_suffix(".tmp").replace(args.out)
+    run = Run(args.work, device, args.start)
+    train(run, icons, held_out, tokenizer, args.minutes, args.half)
+    run.save()
+    accuracy = held_out.accuracy(run.averaged(), tokenizer, device)
+    run.log(f"the end: {run.step * BATCH} drawings, held-out top-1 of 1000 names {accuracy:.1f} %")
+    write(run, args.out)
     if not args.only:
         np.save(HERE / "pretraining_hashes.npy", icons.hashes)
+        shutil.copy(run.log_file, HERE / "train.log")
 
 
 if __name__ == "__main__":
