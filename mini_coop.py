@@ -126,9 +126,9 @@ def _check_features(coop, features, views=False):
     _check(x.ndim in ((2, 3) if views else (2,)) and x.shape[-1] == E and x.numel(),
            f"image features must be {shapes}, not {tuple(x.shape)}: are they from encode_images "
            "with the same model?")
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero()
-    _check(not len(bad), f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
-           f"{bad[:1].tolist()} (an image that could not be read?)")
+    bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    _check(not bad, f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
+           f"{(bad or [0])[0]} (an image that could not be read?)")
     return x.clone() if x.is_inference() else x  # autograd refuses tensors of inference mode
 
 
@@ -138,24 +138,21 @@ def _training_set(coop, features, labels, epochs, lr, batch_size):
     y = _check_labels(coop, labels, len(x))
     epochs = n_epochs(int(y.bincount().max())) if epochs is None else _whole("epochs", epochs, 0)
     batch_size = min(_whole("batch_size", batch_size), len(x))
-    _check(isinstance(lr, (int, float)) and 0 <= lr < math.inf, f"lr must be 0 or more, not {lr!r}")
+    _check(isinstance(lr, (int, float)) and lr is not True and 0 <= lr < math.inf,
+           f"lr must be a number of 0 or more, not {lr!r}")
     return x.reshape(len(x), -1, x.shape[-1]), y, epochs, batch_size
 
 
 def _check_labels(coop, labels, N):
     """Labels (N,) as int64 on the context's device, or one clear error."""
     K = len(coop.classnames)
-    try:
-        y = torch.as_tensor(labels.cpu() if torch.is_tensor(labels) else np.asarray(labels))
-    except (TypeError, ValueError):  # None, texts
-        y = torch.empty(0)
-    whole = not (y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool)
-    _check(whole and y.shape == (N,), f"labels must be {N} integers, one per image, the places of "
-           f"the classes, not {y.dtype} {tuple(y.shape)}")
-    wrong = y[(y < 0) | (y >= K)]
-    _check(not len(wrong),
-           f"label {wrong[:1].tolist()} is outside of the {K} classes (0 to {K - 1})")
-    return y.to(coop.ctx.device, torch.long, copy=True)
+    y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+    _check(y.dtype.kind in "iu" and y.shape == (N,), f"labels must be {N} integers, the places of "
+           f"the classes, one per image, not {y.dtype} {y.shape}")
+    y = torch.as_tensor(y.astype(np.int64), device=coop.ctx.device)
+    wrong = y[(y < 0) | (y >= K)].tolist()
+    _check(not wrong, f"label {(wrong or [0])[0]} is outside of the {K} classes (0 to {K - 1})")
+    return y
 
 
 # ---------------------------------------------------------------- files
@@ -273,9 +270,9 @@ def _read_json(folder):
     for part, (images, labels) in splits.items():
         lost = [image for image in images if image not in inside and not image.is_file()]
         _check(not lost, f"{folder}: {len(lost)} of {len(images)} images of {part!r} are missing, "
-               f"first {lost and lost[0]}")
+               f"first {(lost or [0])[0]}")
         wrong = [k for k in labels if type(k) is not int or not 0 <= k < len(names)]
-        _check(not wrong, f"{folder}: label {wrong and wrong[0]} in {part!r}, but there are "
+        _check(not wrong, f"{folder}: label {(wrong or [0])[0]!r} in {part!r}, but there are "
                f"{len(names)} classes (0 to {len(names) - 1})")
     parts = [splits.pop(part) for part in ("train", "val", "test")]
     return Dataset(folder.resolve().name, names, data["template"], *parts, domains=splits)
@@ -335,8 +332,9 @@ def few_shot(train_labels, shots, seed, val_labels=None):
         for index, label in enumerate(np.asarray(labels).tolist()):
             members.setdefault(label, []).append(index)
         if short := {label: len(some) for label, some in members.items() if len(some) < n}:
+            some = dict(list(short.items())[:5])
             warnings.warn(f"{len(short)} classes have fewer than {n} {kind} images and give all "
-                          f"they have (label: images): {dict(list(short.items())[:5])}", stacklevel=3)
+                          f"they have (label: images): {some}", stacklevel=3)
         return sum((rng.sample(m, n) if len(m) >= n else m for m in members.values()), [])
 
     train = draw(train_labels, shots, "training")
@@ -401,10 +399,10 @@ def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
 
     name: "mini" (ours, which knows icons), a name of `clip.available_models()` (OpenAI's, from
-    $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or a checkpoint: a state dict in OpenAI's
-    layout, or OpenAI's own TorchScript archive. device: None takes CUDA where there is one. No code
-    from a file is run. Raises ValueError for an unknown name or device and for a file that is no
-    CLIP or damaged, RuntimeError if a download fails.
+    $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or a checkpoint: a state dict in
+    OpenAI's layout, or OpenAI's own TorchScript archive. device: None takes CUDA where there is
+    one. No code from a file is run. Raises ValueError for an unknown name or device and for a file
+    that is no CLIP or damaged, RuntimeError if a download fails.
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -437,8 +435,8 @@ def _read_checkpoint(name):
         _check(name != "mini" or digest == MINI_SHA256, "`git checkout data` restores it")
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(member.endswith("/constants.pkl") for member in names):  # TorchScript
-            _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not OpenAI's "
-                   "could run code. Where you trust it, make a state dict of it: "
+            _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not "
+                   "OpenAI's could run code. Where you trust it, make a state dict of it: "
                    f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
             state = torch.jit.load(path, "cpu").state_dict()
         else:
@@ -461,11 +459,11 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
                   progress=True):
     """CLIP's image features as they come, not normalised, float32 on the model's device: (N, E).
 
-    images: paths or PIL images. views=1 uses `preprocess`, the test transform; V > 1 gives (N, V, E),
-    features of V random crops (the paper's augmentation), drawn once by `seed`: the encoder is frozen,
-    so training picks among them. workers: threads that read images; None for one per core. An image
-    that cannot be read is named in a warning and becomes a row of NaN. Raises ValueError if there are
-    no images, RuntimeError if the model itself gives NaN.
+    images: paths or PIL images. views=1 uses `preprocess`, the test transform; V > 1 gives features
+    (N, V, E) of random crops (the paper's augmentation), drawn once by `seed`: the encoder is
+    frozen, so training picks among them. workers: threads that read images; None for one per core.
+    An image that cannot be read is named in a warning and becomes a row of NaN. Raises ValueError
+    if there are no images, RuntimeError if the model itself gives NaN.
     """
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     _check(images, "no images to encode")
@@ -482,8 +480,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
             if views == 1:
                 return preprocess(image)[None].float()
             # a file's views depend on its name, not on the batch or on other files
-            name = i if isinstance(images[i], Image.Image) else Path(images[i]).name
-            rng = random.Random(f"{seed} {name}")
+            name = str(i) if isinstance(images[i], Image.Image) else Path(images[i]).name
+            rng = random.Random(os.fsencode(f"{seed} {name}"))
             to_tensor, normalise = preprocess.transforms[-2:]
             crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
             return normalise(torch.stack(crops)).float()
@@ -504,8 +502,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     features = torch.cat(features)
     bad = (~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
     if set(bad) - set(unreadable):
-        raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: are "
-                           "its weights damaged, or in half precision?")
+        raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
+                           "are its weights damaged, or in half precision?")
     if unreadable:
         warnings.warn(f"{len(bad)} of {len(images)} images cannot be read and are rows of NaN: "
                       f"{'; '.join(list(unreadable.values())[:3])}. keep = features.isfinite()"
@@ -560,8 +558,9 @@ def encode_rows(model, ctx, tokens, position, visible, eot):
     for block in model.transformer.resblocks:
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (R, L, 3 D)
-        qkv = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, R, heads, L, d)
-        seen = F.scaled_dot_product_attention(*qkv, attn_mask=visible).transpose(1, 2).flatten(2)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (R, heads, L, -1)
+        seen = seen.transpose(1, 2).flatten(2)  # (R, L, D)
         if block is model.transformer.resblocks[-1]:  # only the EOTs are read
             x = x.flatten(0, 1)[eot]  # (K, D)
             seen = seen.flatten(0, 1)[eot]
@@ -682,8 +681,8 @@ class CoOp(torch.nn.Module):
     per token; they set M. Without them the vectors are drawn from N(0, 0.02^2) by `seed`, which
     also orders the training. Raises ValueError for bad input; warns of classes of the same name.
 
-    For a method of your own override `loss` or `forward`; `text_features(ctx)` takes other contexts,
-    say one shifted by an image's feature. `fit` trains every parameter of the subclass.
+    For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
+    context, say one shifted by an image's feature. `fit` trains every parameter of the subclass.
     """
 
     @torch.inference_mode(False)
@@ -730,8 +729,8 @@ class CoOp(torch.nn.Module):
     def _apply(self, fn, *args):
         """to(), cuda(), half(), double(): refused where they would part the context from CLIP."""
         moved = fn(self.ctx.detach())
-        _check((moved.device, moved.dtype) == (self.ctx.device, self.ctx.dtype), "the context stays "
-               "in float32 on CLIP's device: choose it with load_clip(name, device)")
+        _check(moved.device == self.ctx.device and moved.dtype == self.ctx.dtype, "the context "
+               "stays in float32 on CLIP's device: choose it with load_clip(name, device)")
         return super()._apply(fn, *args)
 
     def text_features(self, ctx=None):
@@ -794,8 +793,8 @@ class CoOp(torch.nn.Module):
         """Writes an epoch into `history_`, or stops a training that diverges."""
         loss = losses.mean().item()
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} in epoch {len(self.history_['loss'])}: training "
-                               "diverges, and the context is of no use; start anew with a smaller lr")
+            raise RuntimeError(f"the loss is {loss} in epoch {len(self.history_['loss'])}: "
+                               "training diverges; start anew with a smaller lr")
         self.history_["loss"].append(loss)
         self.history_["accuracy"].append(100 * hits.double().mean().item())
         self.history_["lr"].append(lr)
@@ -852,27 +851,28 @@ class CoOp(torch.nn.Module):
         with open(path, "rb") as file:
             try:
                 state = torch.load(file, "cpu", weights_only=True)
+                _check(state.get("format") == "mini-coop 1", "not written by CoOp.save")
                 ctx = state["ctx"]
-                _check(state["format"] == "mini-coop 1", "not written by CoOp.save")
-                _check(ctx.isfinite().all() and state.get("sha256") in (None, sha256_of({"ctx": ctx})),
-                       "its numbers are not those that were saved")
+                known = state.get("sha256") in (None, sha256_of({"ctx": ctx}))
+                _check(known and ctx.isfinite().all(), "its numbers are not those that were saved")
                 options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
                 names = state["classnames"] if classnames is None else classnames
                 learned_with = state["text_encoder"]
             except Exception as error:  # a file that is not ours can raise anything
                 raise ValueError(f"{path} holds no context of ours, or is damaged: "
                                  + _reason(error)) from error
-        _check(learned_with == sha256_of(model.state_dict(), "visual."),
-               f"{path} was learned with another text encoder: load the CLIP that it was learned with")
+        _check(learned_with == sha256_of(model.state_dict(), "visual."), f"{path} was learned with "
+               "another text encoder: load the CLIP that it was learned with")
         coop = cls(model, names, ctx.shape[-2], **options)
         _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
-               f"{path} is class-specific: it serves only the {len(ctx)} classes that it was learned "
-               "for, in this order")
+               f"{path} is class-specific: it serves only the {len(ctx)} classes that it was "
+               "learned for, in this order")
         coop.ctx.data.copy_(ctx)
         return coop
 
 
 if __name__ == "__main__":  # the main job
-    import runpy
     sys.modules["mini_coop"] = sys.modules["__main__"]  # which data/grid.py imports
-    runpy.run_path(str(shared_folder() and DATA / "grid.py"), run_name="__main__")
+    sys.path.insert(0, str(shared_folder() and DATA))
+    from grid import main
+    main()

@@ -1,290 +1,263 @@
-"""The main job, `python mini_coop.py`: zero-shot, linear probe and CoOp on a grid of shots and seeds; `mini_coop.grid` is this file.
+"""The main job, `python mini_coop.py`: zero-shot, linear probe and CoOp over shots and seeds.
 
-Prints its plan and its tables, and saves a figure, a JSON with every figure and setting, and the learned contexts. A cell of the
-grid, a method x shots x seed, that is finished is kept and never run again, so the same command goes on where it was stopped.
+Prints its plan and its tables; saves a figure, a JSON with every figure and setting, and the
+contexts. A cell of the grid (a method, a number of shots, a seed) that is finished is kept and not
+run again, so the same command resumes after an interruption.
 """
-import argparse
 import json
-import statistics
+import sys
 import time
-import warnings
-import zipfile
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm.auto import tqdm
 
-from mini_coop import DATA, SHARED, CoOp, clip, encode_images, few_shot, linear_probe, load_clip, load_dataset, n_epochs
-from mini_coop import weights_file, zero_shot_weights
-from mini_coop.datasets import atomic, digest, effect, fingerprint, stamp
+import check
+from features import cached_features, digest, effect, stamp
+from mini_coop import (
+    CoOp,
+    few_shot,
+    linear_probe,
+    load_clip,
+    load_dataset,
+    n_epochs,
+    sha256_of,
+    whole_file,
+    zero_shot_weights,
+)
+from options import arguments, run_folder, writable_folder
+from report import METHODS, average_table, figure, table
 
-# Hand-written templates that are compared beside a data set's own; the last four are the paper's, for other data sets.
-TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.", "{} texture.",
-             "a centered satellite photo of {}."]
-METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
+# Hand-written templates, compared beside a data set's own; four are the paper's, of other data sets
+TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
+             "{} texture.", "a centered satellite photo of {}."]
 
 
-def _seconds_a_step(coop):
-    """How long a training step of this context takes here: three are timed, after two to warm up; 200 on CUDA, after recording one."""
-    features, labels = torch.randn(32, coop.clip_model.text_projection.shape[1]), torch.arange(32) % len(coop.classnames)
-    for epochs in (2, 200 if coop.ctx.is_cuda else 3):
-        start = time.perf_counter()
-        if coop.fit(features, labels, epochs, progress=False).interrupted_:
-            raise KeyboardInterrupt
-    return (time.perf_counter() - start) / epochs
+# ---------------------------------------------------------------- one data set's grid
+
+class Cell(NamedTuple):
+    method: str
+    shots: int
+    seed: int
+
+    def path(self, folder, suffix):
+        method = self.method.replace(" ", "_")
+        return folder / f"{method}_{self.shots}_shots_seed_{self.seed}{suffix}"
 
 
-def experiment(model, preprocess, data, folder, shots, seeds, methods, n_ctx=16, class_position="end", ctx_init=None, epochs=None, views=1):
-    """Zero-shot with every template, then every cell, a method x shots x seed, on one data set; contexts are saved in `folder`.
+class Grid:
+    """One data set: which cells are finished, their features, and running them."""
 
-    A finished cell is kept in `folder` too and not run again, unless weights, images or settings changed. Features are cached
-    in `folder`/features. Returns {"zero_shot": {template: {split: %}}, "few_shot": {method: {shots: [{split: %} a seed]}}};
-    splits: test and the domains.
-    """
-    if not data.train.images or not data.test.images:
-        raise ValueError(f"{data.name} has no {'test' if data.train.images else 'training'} images: the comparison needs both")
-    tests, K = {"test": data.test, **data.domains}, len(data.classnames)
-    key = digest(fingerprint(model), preprocess, effect(preprocess), list(tests), data.classnames, n_ctx, class_position, ctx_init, epochs, views,
-                 [(split.labels, [stamp(image) for image in split.images]) for split in (data.train, data.val, *tests.values())])
-    picks = {(n, seed): few_shot(data.train.labels, n, seed, data.val.labels) for n in shots for seed in seeds}
+    def __init__(self, model, preprocess, data, folder, args):
+        for part, split in (("training", data.train), ("test", data.test)):
+            if not split.images:
+                raise ValueError(f"{data.name} has no {part} images: the comparison needs both")
+        self.model = model
+        self.preprocess = preprocess
+        self.data = data
+        self.folder = folder
+        self.args = args
+        self.epochs = args.epochs or (50 if data.name == "imagenet" else None)
+        self.left_out = set()  # images that cannot be read
+        self.tests = {"test": data.test, **data.domains}
+        methods = {"yes": METHODS[::2], "no": METHODS[:2], "both": METHODS}[args.class_specific]
+        self.methods = [m for m in methods if data.val.images or m != "linear probe"]
+        self.picks = {}  # (shots, seed) -> indices of training and of validation images
+        self.cells = []
+        for n in args.shots:
+            for seed in args.seeds:
+                self.picks[n, seed] = few_shot(data.train.labels, n, seed, data.val.labels)
+                self.cells += [Cell(method, n, seed) for method in self.methods]
+        images = []
+        for split in (data.train, data.val, *self.tests.values()):
+            images += [split.labels, *map(stamp, split.images)]
+        self.key = digest(sha256_of(model.state_dict()), effect(preprocess), data.classnames, images,
+                          args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views)
 
-    def finished(cell):
+    def finished(self, cell):
+        """A finished cell's accuracies {split: %}, or None."""
         try:
-            kept = json.loads(cell.with_name(cell.name + ".json").read_text())
-            whole = "linear_probe" in cell.name or cell.with_name(cell.name + ".pt").is_file()
-            return kept["accuracy"] if kept["key"] == key and whole else None
+            kept = json.loads(cell.path(self.folder, ".json").read_text())
+            whole = cell.method == "linear probe" or cell.path(self.folder, ".pt").is_file()
+            return kept["accuracy"] if kept["key"] == self.key and whole else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    cells = {(n, seed, method): folder / f"{method.replace(' ', '_')}_{n}_shots_seed_{seed}" for n, seed in picks for method in methods}
-    done = {which: accuracy for which, cell in cells.items() if (accuracy := finished(cell)) is not None}
-    used = [sorted({i for pick in picks.values() for i in pick[part]}) if len(done) < len(cells) else [] for part in (0, 1)]
+    def keep(self, cell, accuracy, coop=None):
+        cell.path(self.folder, ".json").unlink(missing_ok=True)  # no old result, new context
+        if coop is not None:
+            coop.save(cell.path(self.folder, ".pt"))
+        with whole_file(cell.path(self.folder, ".json")) as file:
+            file.write(json.dumps({"key": self.key, "accuracy": accuracy}).encode())
 
-    def new(method, seed):
-        return CoOp(model, data.classnames, n_ctx, method == "CoOp class-specific", class_position, ctx_init, seed)
-
-    def encode(split, indices, views=1):
-        """{index: features} of the images that can be read."""
+    def encode(self, split, indices, views=1):
+        """{index: features} of those images that can be read; kept in <folder>/features."""
+        if not len(indices):
+            return {}
         images = [split.images[i] for i in indices]
-        features = encode_images(model, preprocess, images, views, cache=folder / "features") if images else []
-        return {i: x for i, x in zip(indices, features) if x.isfinite().all()}
+        cache = self.folder / "features"
+        features = cached_features(cache, self.model, self.preprocess, images, views)
+        found = {i: x for i, x in zip(indices, features) if x.isfinite().all()}
+        self.left_out |= {str(split.images[i]) for i in indices if i not in found}
+        return found
 
-    def gather(split, features, indices):
+    def gather(self, split, features, indices):
+        """-> features (n, ...) and labels (n,) of those of the images that can be read."""
         indices = [i for i in indices if i in features]
         if not indices:
-            raise ValueError(f"{data.name}: a split or a draw of it has no image that can be read")
-        return torch.stack([features[i] for i in indices]), torch.tensor([split.labels[i] for i in indices])
+            raise ValueError(f"{self.data.name}: a split, or a draw of it, has no readable image")
+        labels = torch.tensor([split.labels[i] for i in indices])
+        return torch.stack([features[i] for i in indices]), labels
 
-    # The plan: what has to be computed, and how long that takes here, from a few steps and images
-    n_steps = {method: sum(n_epochs(n, epochs) * max(1, len(picks[n, seed][0]) // 32) for n, seed, m in cells.keys() - done.keys() if m == method)
-               for method in methods if method != "linear probe"}
-    n_images = len(used[0]) * (1 + views * (views > 1)) + len(used[1]) + sum(len(s.images) for s in tests.values())
-    seconds = sum(steps * _seconds_a_step(new(method, 0)) for method, steps in n_steps.items() if steps)
-    start = time.perf_counter()
-    with warnings.catch_warnings():  # of what cannot be read, once is enough
-        warnings.simplefilter("ignore")
-        encode_images(model, preprocess, data.test.images[:32], workers=0, progress=False)
-    seconds += n_images * (time.perf_counter() - start) / len(data.test.images[:32])
-    print(f"plan: {len(cells) - len(done)} of {len(cells)} cells are to be run, {sum(n_steps.values()):,} training steps; {n_images:,} images to encode "
-          f"where they are not cached; about {seconds / 60:.1f} minutes", flush=True)
+    def accuracies(self, scores):
+        """scores: features (N, E) -> (N, K). Returns {split: %}.
 
-    train, val = encode(data.train, used[0]), encode(data.val, used[1])
-    train_views = encode(data.train, used[0], views) if views > 1 else train
-    tests = {name: gather(split, encoded := encode(split, range(len(split.images))), encoded) for name, split in tests.items()}
-
-    def accuracies(scores):
-        """scores: features -> (N, K). A domain of less than half of the classes is a task of those (ImageNet-A and -R)."""
+        A domain of less than half of the classes is a task of those (ImageNet-A and -R)."""
+        K = len(self.data.classnames)
         result = {}
-        for name, (x, y) in tests.items():
-            classes = y.unique() if name != "test" and 2 * len(y.unique()) < K else torch.arange(K)
-            result[name] = 100 * (classes[scores(x).cpu()[:, classes].argmax(1)] == y).float().mean().item()
+        for name, (x, y) in self.test_features.items():
+            few = name != "test" and 2 * len(y.unique()) < K
+            classes = y.unique() if few else torch.arange(K)
+            predicted = classes[scores(x).cpu()[:, classes].argmax(1)]
+            result[name] = 100 * (predicted == y).double().mean().item()
         return result
 
-    zero_shot, templates = {}, list(dict.fromkeys([data.template, *TEMPLATES]))
-    for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
-        weights = zero_shot_weights(model, data.classnames, template)
-        zero_shot[name] = accuracies(lambda x: x @ weights.T)
-    bar = tqdm([which for which in cells if which not in done], desc=data.name, disable=len(done) == len(cells))
-    for n, seed, method in bar:
-        bar.set_postfix_str(f"{method}, {n} shots, seed {seed}")
-        (chosen, validation), cell = picks[n, seed], cells[n, seed, method]
-        if method == "linear probe":
-            probe = linear_probe(*gather(data.train, train, chosen), *gather(data.val, val, validation))
-            columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()  # it may have seen some of the classes only
-            accuracy = accuracies(lambda x: torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns)
-        else:
-            coop = new(method, seed)
-            if coop.fit(*gather(data.train, train_views, chosen), n_epochs(n, epochs), progress=False).interrupted_:
-                raise KeyboardInterrupt  # a half-learned context is no result
-            Path(f"{cell}.json").unlink(missing_ok=True)  # an older result must not stand beside a newer context
-            coop.save(f"{cell}.pt")
-            accuracy = accuracies(coop.predict_proba)
-        done[n, seed, method] = accuracy
-        with atomic(f"{cell}.json") as file:
-            file.write(json.dumps({"key": key, "accuracy": accuracy}).encode())
-    return {"zero_shot": zero_shot, "few_shot": {m: {str(n): [done[n, seed, m] for seed in seeds] for n in shots} for m in methods}}
+    def plan(self):
+        """Prints how much there is to do, encodes the images for it -> the cells to be run."""
+        todo = [cell for cell in self.cells if self.finished(cell) is None]
+        steps = 0
+        train = set()
+        val = set()
+        for cell in todo:
+            picks = self.picks[cell[1:]]
+            train |= set(picks[0])
+            val |= set(picks[1])
+            if cell.method != "linear probe":
+                steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
+        n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
+        print(f"plan: {len(todo)} of {len(self.cells)} cells are to be run, {steps:,} training "
+              f"steps, {n_images:,} images", flush=True)
+        self.train = self.encode(self.data.train, sorted(train))
+        self.val = self.encode(self.data.val, sorted(val))
+        self.views = self.train
+        if self.args.views > 1:
+            self.views = self.encode(self.data.train, sorted(train), self.args.views)
+        self.test_features = {}
+        for name, split in self.tests.items():
+            everything = range(len(split.images))
+            encoded = self.encode(split, everything)
+            self.test_features[name] = self.gather(split, encoded, everything)
+        return todo
+
+    def n_epochs(self, cell):
+        return self.epochs or n_epochs(cell.shots)
+
+    def run(self, cell):
+        train, val = self.picks[cell[1:]]
+        if cell.method == "linear probe":
+            probe = linear_probe(*self.gather(self.data.train, self.train, train),
+                                 *self.gather(self.data.val, self.val, val))
+            # it may have seen some of the classes only
+            K = len(self.data.classnames)
+            columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()
+
+            def scores(x):
+                return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
+            self.keep(cell, self.accuracies(scores))
+            return
+        args = self.args
+        coop = CoOp(self.model, self.data.classnames, args.n_ctx, cell.method.endswith("specific"),
+                    args.class_position, args.ctx_init, cell.seed)
+        features = self.gather(self.data.train, self.views, train)
+        coop.fit(*features, self.n_epochs(cell), progress=False)
+        if coop.interrupted_:
+            raise KeyboardInterrupt  # a half-learned context is no result
+        self.keep(cell, self.accuracies(coop.predict_proba), coop)
+
+    def zero_shot(self):
+        """{template: {split: %}} of the declared template, the others and their ensemble."""
+        templates = list(dict.fromkeys([self.data.template, *TEMPLATES]))
+        result = {}
+        for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
+            weights = zero_shot_weights(self.model, self.data.classnames, template)
+            result[name] = self.accuracies(lambda x: x @ weights.T)
+        return result
+
+    def results(self):
+        """Runs what is not finished; returns what results.json holds, accuracies in %."""
+        todo = self.plan()
+        zero_shot = self.zero_shot()
+        bar = tqdm(todo, desc=self.data.name, disable=not todo)
+        for cell in bar:
+            bar.set_postfix_str(f"{cell.method}, {cell.shots} shots, seed {cell.seed}")
+            self.run(cell)
+        few = {}
+        for method in self.methods:
+            few[method] = {}
+            for n in self.args.shots:
+                cells = [Cell(method, n, seed) for seed in self.args.seeds]
+                few[method][str(n)] = [self.finished(cell) for cell in cells]
+        return {"template": self.data.template, "zero_shot": zero_shot, "few_shot": few,
+                "images_left_out": sorted(self.left_out)}
 
 
-def run_folder(out, model, dataset):
-    """Where the main job saves what it learns with a model (a name or a checkpoint) on a data set, below its --out."""
-    return Path(out) / f"{Path(model).stem if Path(model).is_file() else model.replace('/', '-').replace('@', '-')}_{dataset}"
+# ---------------------------------------------------------------- the command
 
-
-def mean_std(rows, split="test"):
-    """Mean and standard deviation over seeds of one split's accuracies."""
-    values = [row[split] for row in rows]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def report(result, published=None):
-    """The tables of the main job, as text; `published`: figures of the paper's setting to stand below ours."""
-    zero_shot, few, template, published = result["zero_shot"], result["few_shot"], result["template"], published or {}
-    shots = list(next(iter(few.values())))
-    lines = [f"{'zero-shot, hand-written templates':40}  accuracy %"]
-    for name, row in zero_shot.items():
-        lines.append(f"  {name + ('  <- declared' if name == template else ''):40}{row['test']:10.1f}")
-    if "zero-shot" in published:
-        lines.append(f"  {'  published, declared template':40}{published['zero-shot']['0']:10.1f}")
-    lines += ["", f"{'few-shot, mean ± std over seeds; shots:':42}" + "".join(f"{n:>12}" for n in shots)]
-    for method, row in few.items():
-        lines.append(f"  {method:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*mean_std(row[n])):>12}" for n in shots))
-        if method in published:
-            lines.append(f"  {'  published':40}" + "".join(f"{published[method].get(n, ''):>12}" for n in shots))
-    if domains := list(zero_shot[template])[1:]:
-        most = max(shots, key=int)
-        lines += ["", f"{f'domains, {most} shots:':42}" + "".join(f"{name:>12}" for name in domains)]
-        rows = {t: {d: (zero_shot[t][d], 0.0) for d in domains} for t in dict.fromkeys([template, "a photo of a {}."])}
-        rows |= {method: {d: mean_std(row[most], d) for d in domains} for method, row in few.items()}
-        for name, row in rows.items():
-            lines.append(f"  {name:40}" + "".join(f"{'{:.1f} ± {:.1f}'.format(*row[d]):>12}" for d in domains))
-            if theirs := published.get("domains", {}).get("zero-shot" if name == template else name):
-                lines.append(f"  {'  published':40}" + "".join(f"{theirs.get(d, ''):>12}" for d in domains))
-    return "\n".join(lines)
-
-
-def average_report(results):
-    """The averages over data sets, as text."""
-    few = [r["few_shot"] for r in results.values()]
-    lines = [f"{f'average of {len(results)} data sets; shots:':42}" + "".join(f"{n:>8}" for n in (0, *next(iter(few[0].values()))))]
-    lines.append(f"  {'zero-shot, declared templates':40}{statistics.mean(r['zero_shot'][r['template']]['test'] for r in results.values()):8.1f}")
-    for method in [m for m in METHODS if all(m in row for row in few)]:
-        means = [statistics.mean(mean_std(row[method][n])[0] for row in few) for n in few[0][method]]
-        lines.append(f"  {method:40}{'':8}" + "".join(f"{mean:8.1f}" for mean in means))
-    return "\n".join(lines)
-
-
-def figure(results, title, path):
-    """The paper's figure: test accuracy over shots, zero-shot as a star at 0, a panel a data set and, of several, their average."""
-    from matplotlib.figure import Figure
-    curves = {name: {m: [mean_std(rows) for rows in row.values()] for m, row in r["few_shot"].items()} for name, r in results.items()}
-    stars = {name: r["zero_shot"][r["template"]]["test"] for name, r in results.items()}
-    if len(results) > 1:
-        shared = [m for m in METHODS if all(m in row for row in curves.values())]
-        curves = {"average": {m: [tuple(map(statistics.mean, zip(*points))) for points in zip(*(row[m] for row in curves.values()))]
-                              for m in shared}, **curves}
-        stars["average"] = statistics.mean(stars.values())
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    fig = Figure((max(5.5, 3.4 * columns), max(4, 2.9 * rows)), layout="constrained")
-    fig.suptitle(title)
-    for ax, (name, row) in zip(fig.subplots(rows, columns, squeeze=False).flat, curves.items()):
-        ax.axhline(stars[name], color="gray", linestyle=":", linewidth=1)
-        ax.plot(0, stars[name], "*", color="black", markersize=12, label="zero-shot, declared template")
-        for method, points in row.items():
-            color, style = dict(zip(METHODS, [("#0072B2", "s--"), ("#D55E00", "o-"), ("#009E73", "^-.")]))[method]
-            ax.errorbar(range(1, len(points) + 1), *zip(*points), fmt=style, color=color, capsize=3, label=method)
-        shots = list(next(iter(next(iter(results.values()))["few_shot"].values())))
-        ax.set(title=name, xlabel="labelled images a class (shots)", ylabel="test accuracy, %", xticks=range(len(shots) + 1), xticklabels=[0, *shots])
-        ax.grid(alpha=0.3)
-        if name == next(iter(curves)):
-            ax.legend(fontsize=8)
-    with atomic(path) as file:
-        fig.savefig(file, format="png", dpi=100)
-
-
-def check(name="mini", device=None):
-    """Prints what a bug report needs: versions, device, what weights and data sets are found, one step of training."""
-    import platform
-    import torchvision
-    found = [n for n in clip.available_models() if weights_file(n).is_file()]
-    datasets = sorted({p.parent.name for place in (SHARED, DATA) for p in place.glob("*/dataset.json")})
-    model, preprocess = load_clip(name, device)
+def one(model, preprocess, data, folder, args):
+    """Runs one data set's grid; prints its tables, saves results.json and figure.png."""
     start = time.perf_counter()
-    features = encode_images(model, preprocess, [Image.new("RGB", (64, 64), "white")], progress=False)
-    spread = zero_shot_weights(model, ["cat", "dog"], "a photo of a {}.").std().item()
-    learned = CoOp(model, ["cat", "dog"], 4).fit(features.expand(2, -1), [0, 1], epochs=1, progress=False).ctx
-    for what, value in {
-            "python": f"{platform.python_version()} on {platform.platform()}", "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "CLIP's code": "OpenAI's repository" if clip.tokenize("a").dtype == torch.int32 else "the registry's copy",
-            "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "MINI_COOP_ROOT": "not set" if SHARED == DATA else SHARED,
-            "OpenAI's weights found": ", ".join(found) or f"none ({weights_file('RN50').parent})", "data sets found": ", ".join(datasets),
-            f"one step with {name}": f"{'fine' if learned.isfinite().all() and spread > 0 else 'WRONG: ' + str(features)} on "
-                                           f"{features.device}, {time.perf_counter() - start:.2f} s"}.items():
-        print(f"{what:28} {value}")
+    device = model.text_projection.device
+    where = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; "
+          f"CLIP {args.model} on {where}", flush=True)
+    if not data.val.images:
+        print("no validation images: the linear probe, which chooses its C on them, is left out "
+              "(for ImageNet the paper takes the C of Caltech101)")
+    grid = Grid(model, preprocess, data, folder, args)
+    result = grid.results()
+    settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where,
+                "torch": torch.__version__}
+    result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), **result}
+    if (folder / "results.json").exists():
+        print("results.json and figure.png are replaced; finished cells of other grids are kept")
+    with whole_file(folder / "results.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    figure({data.name: result}, f"CLIP {args.model}", folder / "figure.png")
+    print(f"\n{table(result, data.name)}\n\n{result['seconds']:.0f} s. Saved in {folder}: "
+          "results.json, figure.png and the contexts")
+    return result
 
 
 def main(argv=None):
-    """Zero-shot, linear probe and CoOp, unified and class-specific, on few labels: tables, and under --out a figure, a JSON with
-    every figure and setting, and the learned contexts. The same command goes on where it was stopped."""
-    parser = argparse.ArgumentParser("mini_coop.py", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def positive(text):
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-        return int(text)
-
-    add = parser.add_argument
-    add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
-    add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
-    add("--shots", nargs="+", type=positive, default=[1, 2, 4, 16], help="labelled images a class")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="each draws the images and the first context")
-    add("--n-ctx", type=positive, default=16, help="context vectors (M)")
-    add("--class-specific", choices=["yes", "no", "both"], default="both", help="one context a class, one for all, or each in turn")
-    add("--class-position", choices=["end", "middle", "front"], default="end", help="where the class name stands")
-    add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
-    add("--epochs", type=positive, help="as in the paper, by shots (50 on imagenet), if not given")
-    add("--views", type=positive, default=1, help="random crops a training image; 1: the plain image")
-    add("--device", help="CUDA where there is one, if not given")
-    add("--out", type=Path, default=Path("runs"), help="folder for what is saved")
-    add("--check", action="store_true", help="only print versions, device, weights and data sets found, for a bug report")
-    args = parser.parse_args(argv)
+    args = arguments(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ±
     try:
         if args.check:
-            return check(args.model, args.device)
-        datasets, results = [load_dataset(name) for name in args.dataset], {}
-        model, preprocess = load_clip(args.model, args.device)
+            sys.exit(0 if check.main(args.model, args.device) else 1)
+        datasets = [load_dataset(name) for name in args.dataset]
         if len({data.name for data in datasets}) < len(datasets):
-            raise ValueError("two data sets of the same name would be saved in one folder: give one of them another name, or run it with another --out")
-        device = model.text_projection.device
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-        published = json.loads((DATA / "published.json").read_text()).get(args.model, {})
-        for data in datasets:
-            folder, start = run_folder(args.out, args.model, data.name), time.perf_counter()
-            folder.mkdir(parents=True, exist_ok=True)
-            print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; CLIP {args.model} on {where}", flush=True)
-            left_out = {"yes": "CoOp unified", "no": "CoOp class-specific", "both": ""}[args.class_specific]
-            methods = [m for m in METHODS if m != left_out and (data.val.images or m != "linear probe")]  # the probe wants a val split
-            if not data.val.images:
-                print("no validation images: the linear probe, which chooses its C on them, is left out")
-            result = experiment(model, preprocess, data, folder, args.shots, args.seeds, methods, args.n_ctx, args.class_position,
-                                args.ctx_init, args.epochs or (50 if data.name == "imagenet" else None), args.views)
-            settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where, "torch": torch.__version__}
-            result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), "template": data.template, **result}
-            results[data.name] = result
-            with atomic(folder / "results.json") as file:
-                file.write(json.dumps(result, indent=1).encode())
-            figure({data.name: result}, f"CLIP {args.model}", folder / "figure.png")
-            print(f"\n{report(result, published.get(data.name))}\n\n{result['seconds']:.0f} s. Saved in {folder}: results.json, figure.png and the contexts")
+            raise ValueError("two data sets of the same name would be saved in one folder: rename "
+                             "one, or run it with another --out")
+        folders = [writable_folder(args, *pair) for pair in zip(datasets, args.dataset)]
+        model, preprocess = load_clip(args.model, args.device)
+        results = {}
+        for data, folder in zip(datasets, folders):
+            results[data.name] = one(model, preprocess, data, folder, args)
         if len(results) > 1:
-            path = run_folder(args.out, args.model, "figure.png")
+            path = run_folder(args.out, args, "figure").with_suffix(".png")
             figure(results, f"CLIP {args.model}", path)
-            print(f"\n{average_report(results)}\n\nThe figure of all data sets: {path}")
-    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+            print(f"\n{average_table(results)}\n\nThe figure of all data sets: {path}")
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"mini_coop.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; what was finished is kept under {args.out}, and the same command goes on from there\n")
+        print(f"mini_coop.py: interrupted; what was finished is kept under {args.out}, and the "
+              "same command resumes from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,13 @@
+import sys
+from pathlib import Path
+
 import clip.model
 import pytest
 import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data"))  # the scripts: grid, report, prepare
 
 
 @pytest.fixture(scope="session")
@@ -8,7 +15,8 @@ def tiny():
     """A CLIP with random weights, small enough for a test: (model, preprocess)."""
     torch.manual_seed(0)
     model = clip.model.CLIP(32, 64, (1, 1, 1, 1), 32, None, 77, 49408, 128, 2, 2)
-    torch.nn.init.normal_(model.token_embedding.weight, std=0.2)  # so that words, not positions, decide
+    # words, not positions, decide
+    torch.nn.init.normal_(model.token_embedding.weight, std=0.2)
     return model.float().eval().requires_grad_(False), clip.clip._transform(64)
 
 
@@ -16,4 +24,14 @@ def tiny():
 def mini():
     """The embedded CLIP: (model, preprocess)."""
     import mini_coop
+
     return mini_coop.load_clip("mini", "cpu")
+
+
+def solvable(E=32, K=4, n=8, seed=0):
+    """Features (K n, E) around K directions, with labels: a task that any classifier can solve."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(K, E, generator=generator), dim=-1)
+    labels = torch.arange(K).repeat_interleave(n)
+    noise = torch.randn(K * n, E, generator=generator)
+    return F.normalize(centres[labels] + 0.05 * noise, dim=-1), labels

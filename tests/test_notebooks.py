@@ -1,4 +1,5 @@
 """The notebooks' house rules, their exercises, and a run of each with another CLIP on another data set. (nbval runs them as they are.)"""
+
 import os
 import sys
 
@@ -22,7 +23,10 @@ def test_exercises_are_cut_out_of_their_solutions():
     assert [p.name for p in LESSONS] == [p.name for p in SOLUTIONS] and len(LESSONS) == 5
     assert cut.main(check=True) == []
     for path in SOLUTIONS:
-        assert sum(cell.source.startswith("### Exercise") for cell in nbformat.read(path, 4).cells) == 3
+        assert (
+            sum(cell.source.startswith("### Exercise") for cell in nbformat.read(path, 4).cells)
+            == 3
+        )
 
 
 @pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -30,17 +34,34 @@ def test_house_rules(path):
     assert path.stat().st_size < 200 * 1024
     cells = nbformat.read(path, 4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # one clean run, top to bottom
-    assert not any(output.output_type == "error" or output.get("name") == "stderr" for cell in code for output in cell.outputs)
+    assert [cell.execution_count for cell in code] == list(
+        range(1, len(code) + 1)
+    )  # one clean run, top to bottom
+    assert not any(
+        output.output_type == "error" or output.get("name") == "stderr"
+        for cell in code
+        for output in cell.outputs
+    )
     assert max(len(cell.source.splitlines()) for cell in code) <= 25
     for cell in code:
-        assert "NBVAL_CHECK_OUTPUT" not in cell.source or "# NBVAL_CHECK_OUTPUT" in cell.source.splitlines()
+        assert (
+            "NBVAL_CHECK_OUTPUT" not in cell.source
+            or "# NBVAL_CHECK_OUTPUT" in cell.source.splitlines()
+        )
     if path in LESSONS:
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-        assert text.count("**Predict before you run.**") >= 2 and "## In this notebook we have" in text and "**You will learn**" in text
-        figures = [i for i, cell in enumerate(cells) if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
+        assert (
+            text.count("**Predict before you run.**") >= 2
+            and "## In this notebook we have" in text
+            and "**You will learn**" in text
+        )
+        figures = [
+            i
+            for i, cell in enumerate(cells)
+            if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        ]
         for i in figures:  # every figure is followed by its description (behind the live control, where there is one)
-            assert any("*Figure:" in cell.source for cell in cells[i + 1:i + 3]), cells[i].source
+            assert any("*Figure:" in cell.source for cell in cells[i + 1 : i + 3]), cells[i].source
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Cuts the exercises of every lesson out of its solutions, so that the two cannot drift.
 
-    python notebooks/solutions/cut.py            writes them into the lessons; then run those lessons again
-    python notebooks/solutions/cut.py --check    only compares, and fails where a lesson differs
+python notebooks/solutions/cut.py            writes them into the lessons; then run those lessons again
+python notebooks/solutions/cut.py --check    only compares, and fails where a lesson differs
 """
+
 import sys
 from pathlib import Path
 
@@ -21,8 +22,14 @@ def cut(solutions):
     cells = []
     for cell in filter(tagged, solutions.cells):
         above, mark, _ = cell.source.partition(MARK)
-        new = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
-        cells.append(new(above + mark, id=f"exercise-{len(cells)}", metadata={"tags": ["exercise"]}))
+        new = (
+            nbformat.v4.new_markdown_cell
+            if cell.cell_type == "markdown"
+            else nbformat.v4.new_code_cell
+        )
+        cells.append(
+            new(above + mark, id=f"exercise-{len(cells)}", metadata={"tags": ["exercise"]})
+        )
     return cells
 
 
@@ -34,11 +41,14 @@ def main(check):
         old = [i for i, cell in enumerate(lesson.cells) if tagged(cell)]
         if [lesson.cells[i].source for i in old] != [cell.source for cell in new]:
             drifted.append(path.name)
-            lesson.cells[old[0]:old[-1] + 1] = new
+            lesson.cells[old[0] : old[-1] + 1] = new
             if not check:
                 nbformat.write(lesson, lesson_path)
     if drifted:
-        print(("differ from their solutions: " if check else "cut anew, run them again: ") + ", ".join(drifted))
+        print(
+            ("differ from their solutions: " if check else "cut anew, run them again: ")
+            + ", ".join(drifted)
+        )
     return drifted
 
 

@@ -1,0 +1,66 @@
+"""The command line of the main job, and the folder in which each setting saves its results."""
+import argparse
+from pathlib import Path
+
+from mini_coop import whole_file
+
+
+def arguments(argv):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        "mini_coop.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Zero-shot, linear probe and CoOp on few labels: prints tables; saves a "
+        "figure, a JSON with every figure and setting, and the contexts. Resumes.")
+
+    def whole(text, least=1):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    add = parser.add_argument
+    add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
+    add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
+    add("--shots", nargs="+", type=whole, default=[1, 2, 4, 16], help="labelled images per class")
+    add("--seeds", nargs="+", type=lambda text: whole(text, 0), default=[1, 2, 3],
+        help="each draws the training images and the first context")
+    add("--n-ctx", type=whole, default=16, help="context vectors (M)")
+    add("--class-specific", choices=["yes", "no", "both"], default="both",
+        help="a context for each class, one for all, or both in turn")
+    add("--class-position", choices=["end", "middle", "front"], default="end",
+        help="where the class name stands")
+    add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
+    add("--epochs", type=whole, help="if not given, the paper's, by shots (50 on imagenet)")
+    add("--views", type=whole, default=1, help="random crops of a training image; 1: as it is")
+    add("--device", help="if not given, CUDA where there is one")
+    add("--out", type=Path, default=Path("runs"), help="folder for what is saved")
+    add("--check", action="store_true", help="only print what a bug report needs")
+    args = parser.parse_args(argv)
+    args.shots = sorted(set(args.shots))
+    args.seeds = sorted(set(args.seeds))
+    return args
+
+
+def run_folder(out, args, name):
+    """Where a run saves: <out>/<model>_<data set>, and every setting that is not the default."""
+    model = Path(args.model)
+    model = model.stem if model.is_file() else args.model.replace("/", "-").replace("@", "-")
+    parts = [model, name]
+    parts += [f"M{args.n_ctx}"] if args.n_ctx != 16 and not args.ctx_init else []
+    parts += [args.class_position] if args.class_position != "end" else []
+    parts += [args.ctx_init.replace(" ", "-")] if args.ctx_init else []
+    parts += [f"{args.epochs}-epochs"] if args.epochs else []
+    parts += [f"{args.views}-views"] if args.views > 1 else []
+    return Path(out).expanduser() / "_".join(parts)
+
+
+def writable_folder(args, data, dataset):
+    """The folder for a data set's results, outside of its images, which they would join."""
+    folder = run_folder(args.out, args, data.name)
+    if Path(dataset).is_dir() and Path(dataset).resolve() in folder.resolve().parents:
+        raise ValueError(f"the figure in {folder} would be an image of {dataset} in the next run: "
+                         "choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "writable") as file:  # said now, not after the work
+        file.write(b"")
+    (folder / "writable").unlink()
+    return folder

@@ -1,0 +1,196 @@
+"""load_clip: checkpoints of every kind, and what it refuses."""
+
+import hashlib
+import os
+import pickle
+import warnings
+
+import clip
+import pytest
+import torch
+
+import mini_coop
+from mini_coop import CoOp, load_clip
+
+CLIPS = {
+    "small resnet": (32, 64, (1, 1, 1, 1), 32, None, 77, 49408, 64, 1, 1),
+    "small vit": (32, 64, 2, 64, 16, 77, 49408, 64, 1, 1),
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+}
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize("archive", [False, True])
+def test_load_clip_reads_state_dicts_and_torchscript(tmp_path, kind, archive, monkeypatch):
+    model = clip.model.CLIP(*CLIPS[kind]).eval()  # real shapes, random weights
+    clip.model.convert_weights(model)
+    path = tmp_path / "model.pt"
+    if (
+        archive
+    ):  # as OpenAI ships its weights: a scripted module, whose state dict also holds three numbers
+
+        class Holder(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                for name, value in (
+                    ("input_resolution", CLIPS[kind][1]),
+                    ("context_length", 77),
+                    ("vocab_size", 49408),
+                ):
+                    self.register_buffer(name, torch.tensor(value))
+
+            def forward(self, x):
+                return x
+
+        holder = Holder()
+        for name, child in model.named_children():
+            holder.add_module(name, child)
+        for name in ("positional_embedding", "text_projection", "logit_scale"):
+            setattr(holder, name, getattr(model, name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.trace(holder, torch.zeros(1), check_trace=False), path)
+    else:
+        torch.save(model.state_dict(), path)
+    if archive:  # opened only because its hash is known; OpenAI's are
+        with pytest.raises(ValueError, match="TorchScript that is not OpenAI's could run code"):
+            load_clip(path, "cpu")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(mini_coop._MODELS, "own", f"https://host/models/{digest}/own.pt")
+    loaded, preprocess = load_clip(str(path), "cpu")
+    assert (
+        all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
+        and not loaded.training
+    )
+    model = model.float()
+    model.visual.to(memory_format=torch.channels_last)  # as load_clip does, for the same rounding
+    pixels, text = (
+        torch.randn(2, 3, *CLIPS[kind][1:2] * 2),
+        clip.tokenize(["a cat", "a dog in a tree"]),
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels)) and torch.equal(
+            loaded.encode_text(text), model.encode_text(text)
+        )
+    assert preprocess.transforms[0].size == CLIPS[kind][1]
+    coop = CoOp(loaded, ["cat", "dog"], 2, seed=1)
+    coop.fit(
+        torch.randn(2, CLIPS[kind][0]), [0, 1], epochs=1, progress=False
+    )  # trains on the text tower of that size
+    assert coop.history_["loss"][0] > 0 and coop.ctx.isfinite().all()
+    path.unlink()
+
+
+def test_load_clip_keeps_fp32_weights_to_the_bit(tiny, tmp_path):
+    torch.save(tiny[0].state_dict(), tmp_path / "fp32.pt")
+    loaded = load_clip(tmp_path / "fp32.pt", "cpu")[0]
+    assert all(
+        torch.equal(value, loaded.state_dict()[key]) for key, value in tiny[0].state_dict().items()
+    )
+
+
+def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="neither 'mini', nor one of RN50"):
+        load_clip("RN51")
+    (tmp_path / "cut.pt").write_bytes(
+        mini_coop.DATA.joinpath("mini_clip.pt").read_bytes()[:100_000]
+    )
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    for file in ("cut.pt", "other.pt"):
+        with pytest.raises(ValueError, match=f"{file} is no CLIP checkpoint"):
+            load_clip(tmp_path / file)
+    for device in ("cuda:99", "gpu", "meta0"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            load_clip("mini", device)
+
+    def offline(*args, **kwargs):
+        import urllib.error
+
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(clip, "load", offline)
+    with pytest.raises(
+        RuntimeError, match=r"no network.*clip.ViT-L-14-336px.pt.*'mini', which needs no download"
+    ):
+        load_clip("ViT-L/14@336px")
+
+
+def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
+    import io
+    import urllib.request
+
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/RN50.pt").write_bytes(b"half a download")
+    monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path))
+
+    class Answer(io.BytesIO):
+        def info(self):
+            return {"Content-Length": "5"}
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url: Answer(b"wrong"))
+    with (
+        pytest.warns(UserWarning, match="SHA256"),
+        pytest.raises(RuntimeError, match="SHA256.*RN50.pt .from https://.*'mini'"),
+    ):
+        load_clip("RN50", "cpu")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ctx.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save({"format": "mini-coop 1", "ctx": Malicious()}, tmp_path / "zip.pt")
+    for file in ("ctx.pt", "zip.pt"):
+        with pytest.raises(ValueError, match="damaged"):
+            CoOp.load(tmp_path / file, tiny[0])
+        with pytest.raises(ValueError, match="no CLIP"):
+            load_clip(tmp_path / file)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_archive_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened = []
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **_: opened.append(args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "script.pt")
+    with pytest.raises(ValueError, match=r"could run code.*torch.jit.load\('script.pt'\)"):
+        load_clip("script.pt")
+    assert opened == []
+
+
+def test_errors_do_not_advise_to_switch_the_protection_off(tmp_path):
+    torch.save({"weights": Malicious()}, tmp_path / "evil.pt")
+    for load in (load_clip, lambda path: CoOp.load(path, load_clip("mini", "cpu")[0])):
+        with pytest.raises(ValueError) as error:
+            load(tmp_path / "evil.pt")
+        assert "weights_only" not in str(error.value)
+
+
+def test_a_damaged_mini_clip_is_noticed(tmp_path, monkeypatch):
+    content = bytearray((mini_coop.DATA / "mini_clip.pt").read_bytes())
+    content[9_000_000:9_050_000] = bytes(50_000)
+    (tmp_path / "mini_clip.pt").write_bytes(content)
+    monkeypatch.setattr(mini_coop, "DATA", tmp_path)
+    with pytest.raises(ValueError, match="damaged.*git checkout data"):
+        load_clip("mini", "cpu")
+
+
+def test_a_root_that_does_not_exist_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path / "nowhere"))
+    for load in (load_clip, lambda: mini_coop.load_dataset("styles")):
+        with pytest.raises(ValueError, match="MINI_COOP_ROOT is set to .*nowhere, which does not exist"):
+            load()
+
+
+def test_an_installation_without_data_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(mini_coop, "DATA", tmp_path / "data")
+    for load in (load_clip, lambda: mini_coop.load_dataset("styles")):
+        with pytest.raises(ValueError, match="pip install -e"):
+            load()
