@@ -1,5 +1,4 @@
 """The main job end to end on a small setting, and the files that set the project up."""
-
 import json
 import os
 import re
@@ -11,27 +10,44 @@ import pytest
 import torch
 from PIL import Image
 
+import grid
 import mini_coop
-from mini_coop import CoOp, grid, load_clip
+import options
+import report
+from mini_coop import CoOp, load_clip
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--n-ctx 1 --epochs 1 --device cpu".split()
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def photos(root, n=8):
+    """Two classes of n small images each."""
+    for name, colour in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            shade = tuple(min(255, c + 3 * i) for c in colour)
+            Image.new("RGB", (70, 64), shade).save(root / name / f"{i}.png")
+    return root
 
 
 def test_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    grid.main("--dataset styles --shots 1 2 --seeds 1 2 --n-ctx 2 --epochs 3 --device cpu".split())
+    command = "--dataset styles --shots 2 1 2 --seeds 2 1 1 --n-ctx 2 --epochs 3 --device cpu"
+    grid.main(command.split())
     out = capsys.readouterr().out
-    folder = tmp_path / "runs/mini_styles"
-    result = json.loads((folder / "results.json").read_text())
-    assert set(result["few_shot"]) == {"linear probe", "CoOp unified", "CoOp class-specific"}
+    folder = tmp_path / "runs/mini_styles_M2_3-epochs"
+    result = results_of(folder)
+    assert list(result["few_shot"]) == list(report.METHODS)
     for method, row in result["few_shot"].items():
-        assert method in out and [len(row[n]) for n in ("1", "2")] == [2, 2]
+        assert method in out and list(row) == ["1", "2"]  # sorted, each once
+        assert [len(row[n]) for n in ("1", "2")] == [2, 2]
         assert all(0 <= seed["test"] <= 100 for n in row for seed in row[n])
-    assert (
-        result["settings"]["epochs"] == 3
-        and result["template"] in result["zero_shot"]
-        and "<- declared" in out
-    )
+    assert result["settings"]["epochs"] == 3 and result["template"] in result["zero_shot"]
+    assert "<- declared" in out and result["images_left_out"] == []
     assert Image.open(folder / "figure.png").size[0] > 500
     contexts = sorted(p.name for p in folder.glob("*.pt"))
     assert len(contexts) == 8 and "CoOp_unified_2_shots_seed_1.pt" in contexts
@@ -40,38 +56,40 @@ def test_main_job(tmp_path, capsys, monkeypatch):
     data = mini_coop.load_dataset("styles")
     coop = CoOp.load(folder / "CoOp_unified_2_shots_seed_1.pt", model)
     features = mini_coop.encode_images(model, preprocess, data.test.images, progress=False)
-    assert 100 * coop.score(features, data.test.labels) == pytest.approx(
-        result["few_shot"]["CoOp unified"]["2"][0]["test"], abs=1e-4
-    )
+    accuracy = result["few_shot"]["CoOp unified"]["2"][0]["test"]
+    assert 100 * coop.score(features, data.test.labels) == pytest.approx(accuracy, abs=1e-4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
 def test_own_folder_with_an_unreadable_image_and_views(tmp_path, capsys):
-    for name, colour in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(8):
-            Image.new("RGB", (70, 64), tuple(min(255, c + 3 * i) for c in colour)).save(
-                tmp_path / "photos" / name / f"{i}.png"
-            )
-    load_one = mini_coop.load_dataset(tmp_path / "photos").train.images[0]
-    load_one.write_bytes(b"no image")
+    root = photos(tmp_path / "photos")
+    bad = mini_coop.load_dataset(root).train.images[0]
+    bad.write_bytes(b"no image")
+    command = "--shots 4 --seeds 1 --views 2 --n-ctx 1 --epochs 2 --class-specific no --device cpu"
     with pytest.warns(UserWarning, match="cannot be read"):
-        grid.main(
-            [
-                "--dataset",
-                str(tmp_path / "photos"),
-                "--out",
-                str(tmp_path / "out"),
-                *"--shots 4 --seeds 1 --views 2 --n-ctx 1 "
-                "--epochs 2 --class-specific no --device cpu".split(),
-            ]
-        )
+        grid.main(["--dataset", str(root), "--out", str(tmp_path / "out"), *command.split()])
     out = capsys.readouterr().out
-    assert (
-        "photos: 2 classes" in out
-        and "class-specific" not in out
-        and (tmp_path / "out/mini_photos/results.json").exists()
-    )
+    assert "photos: 2 classes" in out and "class-specific" not in out
+    result = results_of(tmp_path / "out/mini_photos_M1_2-epochs_2-views")
+    assert result["images_left_out"] == [str(bad)]
+    assert "±" not in re.search("CoOp unified.*", out)[0]  # one seed has no spread
+
+
+def test_own_output_never_becomes_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos(tmp_path / "photos"))
+    with pytest.raises(SystemExit) as stop:
+        grid.main(["--dataset", ".", "--shots", "1", *SMALL])
+    assert stop.value.code == 2 and "choose another --out" in capsys.readouterr().err
+    assert sorted(p.name for p in Path().iterdir()) == ["blue", "red"]
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("a file, not a folder")
+    loaded = []
+    monkeypatch.setattr(grid, "load_clip", lambda *args: loaded.append(args))
+    with pytest.raises(SystemExit) as stop:
+        grid.main(["--dataset", "styles", "--out", str(tmp_path / "out"), *SMALL])
+    assert stop.value.code == 2 and "out" in capsys.readouterr().err and loaded == []
 
 
 def test_ctrl_c_writes_no_half_result(tmp_path, capsys, monkeypatch):
@@ -79,148 +97,150 @@ def test_ctrl_c_writes_no_half_result(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mini_coop, "learning_rate", interrupt)
+    command = ["--dataset", "styles", "--shots", "1", "--class-specific", "no", "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        grid.main(
-            [
-                "--dataset",
-                "styles",
-                "--shots",
-                "1",
-                "--seeds",
-                "1",
-                "--class-specific",
-                "no",
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path),
-            ]
-        )
+        grid.main([*command, "--out", str(tmp_path)])
     assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
-    assert (
-        not list(tmp_path.rglob("CoOp*"))
-        and not list(tmp_path.rglob("results.json"))
-        and not list(tmp_path.rglob("*.part"))
-    )
+    for pattern in ("CoOp*", "results.json", "*.part"):
+        assert not list(tmp_path.rglob(pattern))
 
 
-def test_a_finished_cell_is_not_run_again_and_a_damaged_or_outdated_one_is(
-    tmp_path, capsys, monkeypatch
-):
-    calls, fit = [], CoOp.fit
-    monkeypatch.setattr(
-        CoOp,
-        "fit",
-        lambda self, x, *rest, **kw: (
-            (calls.append(len(x)) if len(x) != 32 else None) or fit(self, x, *rest, **kw)
-        ),
-    )
-    options = [
-        "--dataset",
-        "styles",
-        "--shots",
-        "1",
-        "2",
-        "--seeds",
-        "1",
-        "2",
-        "--n-ctx",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    grid.main([*options, "--epochs", "1"])
-    assert (
-        len(calls) == 8 and "plan: 12 of 12 cells" in capsys.readouterr().out
-    )  # 2 shots x 2 seeds x 2 contexts; and 4 probes
-    first = json.loads((tmp_path / "mini_styles/results.json").read_text())
-    grid.main([*options, "--epochs", "1"])
-    assert len(calls) == 8 and "plan: 0 of 12 cells" in capsys.readouterr().out
-    again = json.loads((tmp_path / "mini_styles/results.json").read_text())
+def test_a_training_that_diverges_is_no_finished_cell(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mini_coop, "learning_rate", lambda *args: 1e30)
+    command = ["--dataset", "styles", "--shots", "1", "--class-specific", "no", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        grid.main([*command, "--epochs", "9", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "training diverges" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("CoOp*"))
+
+
+def test_a_finished_cell_is_kept_and_a_damaged_one_is_run(tmp_path, capsys, monkeypatch):
+    calls = []
+    fit = CoOp.fit
+    monkeypatch.setattr(CoOp, "fit", lambda self, x, *rest, **options: calls.append(len(x))
+                        or fit(self, x, *rest, **options))
+    command = ["--dataset", "styles", "--shots", "1", "2", "--seeds", "1", "2", *SMALL,
+               "--out", str(tmp_path)]
+    grid.main(command)
+    # 2 shots x 2 seeds x 2 contexts; and 4 probes
+    assert len(calls) == 8 and "plan: 12 of 12 cells" in capsys.readouterr().out
+    folder = tmp_path / "mini_styles_M1_1-epochs"
+    first = results_of(folder)
+    grid.main(command)
+    out = capsys.readouterr().out
+    assert len(calls) == 8 and "plan: 0 of 12 cells" in out and "are replaced" in out
+    again = results_of(folder)
     assert again["few_shot"] == first["few_shot"] and again["zero_shot"] == first["zero_shot"]
-    cell = tmp_path / "mini_styles/CoOp_unified_2_shots_seed_1.json"
+    cell = folder / "CoOp_unified_2_shots_seed_1.json"
     cell.write_text(cell.read_text()[:30])  # half written
-    grid.main([*options, "--epochs", "1"])
+    grid.main(command)
     assert calls[8:] == [16] and json.loads(cell.read_text())["accuracy"]
-    grid.main([*options, "--epochs", "2"])  # another setting: nothing of it is finished
-    assert len(calls) == 9 + 8
+    (folder / "CoOp_unified_2_shots_seed_1.pt").unlink()
+    grid.main(command)
+    assert calls[9:] == [16]
+    grid.main([*command, "--class-position", "front"])  # another setting has a folder of its own
+    assert len(calls) == 10 + 8 and results_of(folder)["few_shot"] == first["few_shot"]
+    monkeypatch.setattr(grid, "sha256_of", lambda *args: "other weights")
+    grid.main(command)
+    assert len(calls) == 18 + 8
 
 
-def test_several_data_sets_and_the_published_figures(tmp_path, capsys):
-    grid.main(
-        [
-            "--dataset",
-            "styles",
-            "actions",
-            *"--shots 1 --seeds 1 --n-ctx 1 --epochs 1 --device cpu".split(),
-            "--out",
-            str(tmp_path),
-        ]
-    )
+def test_every_setting_has_its_folder():
+    names = set()
+    for more in ([], ["--n-ctx", "4"], ["--class-position", "middle"], ["--ctx-init", "a photo"],
+                 ["--epochs", "5"], ["--views", "8"], ["--model", "ViT-B/32"]):
+        names.add(options.run_folder("out", options.arguments(more), "styles"))
+    assert len(names) == 7 and Path("out/mini_styles") in names
+    home = options.run_folder("~/out", options.arguments([]), "styles")
+    assert str(home).startswith(os.path.expanduser("~"))
+
+
+def test_several_data_sets(tmp_path, capsys):
+    command = ["--dataset", "styles", "actions", "--shots", "1", "--seeds", "1", "2", *SMALL]
+    grid.main([*command, "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert (
-        "average of 2 data sets" in out and Image.open(tmp_path / "mini_figure.png").size[0] > 900
-    )
-    results = {
-        t: json.loads((tmp_path / f"mini_{t}/results.json").read_text())
-        for t in ("styles", "actions")
-    }
-    mean = sum(r["few_shot"]["CoOp unified"]["1"][0]["test"] for r in results.values()) / 2
-    assert re.search(rf"CoOp unified +{mean:.1f}$", out, re.M)
-    published = json.loads((mini_coop.DATA / "published.json").read_text())["RN50"]["imagenet"]
-    for method in grid.METHODS:
-        results["styles"]["few_shot"][method] = {"1": [{"test": 50.0, "imagenet_a": 20.0}]}
-    results["styles"]["zero_shot"] = {
-        t: {**row, "imagenet_a": 10.0} for t, row in results["styles"]["zero_shot"].items()
-    }
-    text = grid.report(results["styles"], published)
-    assert re.search(r"CoOp unified +50.0 ± 0.0\n +published +57.15", text) and re.search(
-        r"published, declared template +58.2", text
-    )
-    assert re.search(r"CoOp unified +20.0 ± 0.0\n +published +23.06", text) and re.search(
-        r"published +21.83", text
-    )
+    assert "average of 2 data sets" in out
+    assert Image.open(tmp_path / "mini_figure_M1_1-epochs.png").size[0] > 900
+    results = {t: results_of(tmp_path / f"mini_{t}_M1_1-epochs") for t in ("styles", "actions")}
+    rows = [r["few_shot"]["CoOp unified"]["1"] for r in results.values()]
+    averages = [(a["test"] + b["test"]) / 2 for a, b in zip(*rows)]
+    # the spread of the average is that of the average over seeds, the population's
+    spread = abs(averages[0] - averages[1]) / 2
+    assert re.search(rf"CoOp unified +{sum(averages) / 2:.1f} ± {spread:.1f}$", out, re.M)
 
 
-def test_check_prints_what_a_bug_report_needs(capsys):
-    grid.main(["--check", "--device", "cpu"])
+SETTINGS = {"model": "RN50", "n_ctx": 16, "ctx_init": None, "class_position": "end", "epochs": None}
+
+
+def result_like(settings, shots=("1", "16"), domains=("imagenet_a",)):
+    row = {"test": 50.0, **dict.fromkeys(domains, 20.0)}
+    templates = ["a photo of a {}.", "{}"]
+    return {"settings": settings, "template": templates[0],
+            "zero_shot": {t: row for t in templates},
+            "few_shot": {m: {n: [row, row] for n in shots} for m in report.METHODS}}
+
+
+def test_the_papers_figures_stand_beside_the_same_setting_only():
+    text = report.table(result_like(SETTINGS), "imagenet")
+    assert re.search(r"CoOp unified +50.0 ± 0.0 +50.0 ± 0.0\n +the paper +57.15 +62.95", text)
+    assert "60.6 to 60.9" in text and "issue 88" in text  # what users of the published code get
+    assert re.search(r"the paper, declared template +58.18", text)
+    assert re.search(r"CoOp unified +20.0 ± 0.0\n +the paper +22.12", text)  # M = 16 in Table 1
+    four = {**SETTINGS, "n_ctx": 4, "ctx_init": "a photo of a"}
+    text = report.table(result_like(four), "imagenet")
+    assert "62.95" not in text and re.search(r"CoOp unified +20.0 ± 0.0\n +the paper +23.06", text)
+    for other in ({"n_ctx": 8}, {"class_position": "front"}, {"epochs": 10}, {"model": "mini"},
+                  {"ctx_init": "a photo of a"}):
+        text = report.table(result_like({**SETTINGS, **other}), "imagenet")
+        assert "62.95" not in text and "22.12" not in text, other
+    assert "91.83" in report.table(result_like(SETTINGS), "caltech101")
+
+
+def test_the_papers_average_stands_beside_ours(tmp_path):
+    result = result_like(SETTINGS, ("1", "2", "4", "8", "16"), ())
+    results = {"dtd": result, "eurosat": result}
+    text = report.average_table(results)
+    for row in ("59.6 +62.3 +66.8 +69.9 +73.4", "44.9 +52.0 +60.1 +65.9 +71.4",
+                "36.7 +47.6 +57.2 +65.0 +71.1"):
+        assert re.search(f"the paper, its eleven +{row}", text), text
+    report.figure(results, "CLIP RN50", tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size[0] > 900
+
+
+def test_tables_print_on_an_ascii_terminal(tmp_path):
+    command = [sys.executable, str(ROOT / "mini_coop.py"), "--dataset", "styles", "--shots", "1",
+               "--seeds", "1", "2", *SMALL, "--class-specific", "no", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "CoOp unified" in run.stdout, run.stderr
+
+
+def test_check_prints_what_a_bug_report_needs(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        grid.main(["--check", "--device", "cpu"])
     out = capsys.readouterr().out
-    for what in (
-        "python ",
-        "torch ",
-        "CUDA",
-        "OpenAI's weights found",
-        "data sets found",
-        "objects",
-        "one step with mini           fine on cpu",
-    ):
+    assert stop.value.code == 0
+    for what in ("python ", "torch ", "CUDA", "OpenAI's weights found", "data sets found",
+                 "objects", "two steps with mini          fine on cpu"):
         assert what in out, what
+    monkeypatch.setattr(CoOp, "fit", lambda self, *args, **options: self)  # learns nothing
+    with pytest.raises(SystemExit) as stop:
+        grid.main(["--check", "--device", "cpu"])
+    assert stop.value.code == 1 and "WRONG" in capsys.readouterr().out
 
 
-def test_a_shared_folder_is_searched_for_weights_and_data(tmp_path):
+def test_a_shared_folder_is_searched_for_weights_and_data(tmp_path, monkeypatch):
     (tmp_path / "lab/clip").mkdir(parents=True)
     (tmp_path / "lab/clip/RN50.pt").write_bytes(b"not whole")
     (tmp_path / "lab/tiny").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "lab/tiny/a.png")
-    (tmp_path / "lab/tiny/dataset.json").write_text(
-        json.dumps({"classnames": ["x", "y"], "template": "{}", "splits": {"test": [["a.png", 0]]}})
-    )
-    code = "from mini_coop import *; print(weights_file('RN50')); print(weights_file('RN101')); print(load_dataset('tiny').test.images)"
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MINI_COOP_ROOT": str(tmp_path / "lab")},
-    ).stdout.splitlines()
-    assert (
-        out[0] == str(tmp_path / "lab/clip/RN50.pt")
-        and out[1].endswith(os.path.join(".cache", "clip", "RN101.pt"))
-        and "a.png" in out[2]
-    )
+    spec = {"classnames": ["x", "y"], "template": "{}", "splits": {"test": [["a.png", 0]]}}
+    (tmp_path / "lab/tiny/dataset.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path / "lab"))
+    assert mini_coop.weights_file("RN50") == tmp_path / "lab/clip/RN50.pt"
+    assert mini_coop.weights_file("RN101").parts[-3:] == (".cache", "clip", "RN101.pt")
+    assert mini_coop.load_dataset("tiny").test.images == [tmp_path / "lab/tiny/a.png"]
+    assert len(mini_coop.load_dataset("styles").classnames) == 8  # our own are still found
 
 
 def test_a_folder_without_test_images(tmp_path, capsys):
@@ -228,84 +248,75 @@ def test_a_folder_without_test_images(tmp_path, capsys):
         (tmp_path / "photos/train" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64), name).save(tmp_path / "photos/train" / name / "a.png")
     with pytest.raises(SystemExit):
-        grid.main(
-            [
-                "--dataset",
-                str(tmp_path / "photos"),
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        grid.main(["--dataset", str(tmp_path / "photos"), *SMALL, "--out", str(tmp_path / "out")])
     assert "photos has no test images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--dataset nowhere", "no data set 'nowhere': neither a folder nor one of actions, "),
-        ("--dataset styles styles", "two data sets of the same name"),
-        ("--model RN5", "neither 'mini', nor one of RN50"),
-        ("--shots 0", "'0' is not a whole number of 1 or more"),
-        ("--class-position start", "choose from"),
-        ("--device gpu", "device 'gpu' cannot be used here"),
-    ],
-)
-def test_wrong_options_say_what_is_allowed(options, message, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command, message", [
+    ("--dataset nowhere", "no data set 'nowhere': neither a folder nor one of actions, "),
+    ("--dataset styles styles", "two data sets of the same name"),
+    ("--model RN5", "neither 'mini', nor one of RN50"),
+    ("--shots 0", "'0' is not a whole number of 1 or more"),
+    ("--seeds -1", "'-1' is not a whole number of 0 or more"),
+    ("--class-position start", "choose from"),
+    ("--device gpu", "device 'gpu' cannot be used here"),
+])
+def test_wrong_options_say_what_is_allowed(command, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        grid.main(options.split())
+        grid.main([*command.split(), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("*.json"))
 
 
-def test_import_does_nothing():
-    """No downloads, no data read, no threads changed at import; the module runs with -W error for our own code."""
-    code = "import mini_coop, sys; assert 'sklearn' not in sys.modules and 'matplotlib' not in sys.modules"
+def test_import_does_nothing_and_names_what_is_public():
+    """No downloads, no data read, no threads changed at import."""
+    code = "import mini_coop, sys; assert not {'sklearn', 'matplotlib', 'grid'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert all(getattr(mini_coop, name).__doc__ for name in mini_coop.__all__)
+    text = (ROOT / "mini_coop.py").read_text(encoding="utf-8")
+    assert "__path__" not in text and "from mini_coop" not in text
+
+
+def test_the_modules_body_runs_once_as_the_command(tmp_path):
+    code = ("import runpy, sys; sys.argv = ['mini_coop.py', '--check', '--device', 'cpu']\n"
+            "try: runpy.run_path('mini_coop.py', run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "import grid; assert grid.CoOp.__module__ == '__main__'")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_environment_and_pyproject_name_the_same_packages():
     project = (ROOT / "pyproject.toml").read_text()
-    wanted = set(
-        re.findall(
-            r'"([A-Za-z-]+)', re.search(r"^dependencies = \[(.*?)\]", project, re.S | re.M)[1]
-        )
-    )
+    wanted = set(re.findall(r'"([A-Za-z-]+)', re.search(r"^dependencies = \[(.*?)\]", project,
+                                                        re.S | re.M)[1]))
     wanted |= set(re.findall(r'"(clip|nbval|jupyter)\b', project))
-    listed = set(
-        re.findall(r"^ +- ([A-Za-z][A-Za-z-]*)", (ROOT / "environment.yml").read_text(), re.M)
-    ) - {"conda-forge", "python", "pip", "git"}
+    lines = (ROOT / "environment.yml").read_text()
+    listed = set(re.findall(r"^ +- ([A-Za-z][A-Za-z-]*)", lines, re.M))
+    listed -= {"conda-forge", "python", "pip", "git"}
     assert listed == wanted == {"torch", "clip", "jupyter", "matplotlib", "scikit-learn", "nbval"}
-    commits = {
-        re.search(r"openai/CLIP(?:\.git)?@([0-9a-f]{40})", text)[1]
-        for text in (project, (ROOT / "environment.yml").read_text())
-    }
-    assert len(commits) == 1
+    commits = re.findall(r"openai/CLIP(?:\.git)?@([0-9a-f]{40})", project + lines)
+    assert len(commits) == 2 and len(set(commits)) == 1
 
 
 def test_the_code_in_readme_runs(tmp_path, capsys, monkeypatch):
-    """Every Python block of README, one after another, on a folder of own images: to a learned prompt and one labelled image."""
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
-    )
-    assert (
-        len(blocks) == 3 and len(blocks[1].splitlines()) == 2 and len(blocks[2].splitlines()) == 5
-    )
+    """Every Python block of README, one after another, on a folder of own images: to a learned
+    prompt and one labelled image."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(blocks) == 3
+    assert len(blocks[1].splitlines()) == 2 and len(blocks[2].splitlines()) == 5
     for name, colour in (("cat", (220, 30, 30)), ("dog", (30, 30, 220))):
         (tmp_path / "path/to/photos" / name).mkdir(parents=True)
         for i in range(12):
-            Image.new("RGB", (70, 64), tuple(min(255, c + 2 * i) for c in colour)).save(
-                tmp_path / "path/to/photos" / name / f"{i}.jpg"
-            )
+            shade = tuple(min(255, c + 2 * i) for c in colour)
+            Image.new("RGB", (70, 64), shade).save(tmp_path / "path/to/photos" / name / f"{i}.jpg")
     Image.new("RGB", (70, 64), (225, 35, 35)).save(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
-    own = "\n".join(
-        [blocks[0].split("\n\n")[0], blocks[1], blocks[0][blocks[0].index("chosen =") :], blocks[2]]
-    )
+    training = blocks[0][blocks[0].index("chosen ="):]
+    parts = [blocks[0].split("\n\n")[0], blocks[1], training, blocks[2]]
     with pytest.warns(UserWarning, match="fewer than 16 training images"):
-        exec(own.replace("ViT-B/16", "mini"), {})
+        exec("\n".join(parts).replace("ViT-B/16", "mini"), {})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "accuracy 100.0%" and out[-1].startswith("cat ")
 

@@ -1,19 +1,19 @@
-"""data/prepare.py on look-alikes of the public data sets: real names, trees and formats, few and tiny images."""
+"""data/prepare.py on look-alikes of the public data sets: real names, trees and formats, few and
+tiny images."""
 
 import hashlib
 import json
 import random
-import sys
 import urllib.error
 
 import pytest
 from PIL import Image
 
+import grid
 import mini_coop
-from mini_coop import few_shot, grid, load_dataset
-
-sys.path.insert(0, str(mini_coop.DATA))
-import prepare  # noqa: E402
+import options
+import prepare
+from mini_coop import few_shot, load_dataset
 
 SPLIT = [name for name, source in prepare.SOURCES.items() if source.split]
 
@@ -210,14 +210,11 @@ def test_a_domain_of_few_classes_is_a_task_of_those(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(grid, "zero_shot_weights", lambda model, names, template: weights)
     monkeypatch.setattr(
         grid,
-        "encode_images",
-        lambda model, preprocess, images, *args, **kwargs: (
-            mini_coop.torch.ones(len(images), 256) / 16
-        ),
+        "cached_features",
+        lambda folder, model, preprocess, images, *views: mini_coop.torch.ones(len(images), 256),
     )
-    result = grid.experiment(*mini, data, tmp_path, [1], [1], ["CoOp unified"], n_ctx=1, epochs=1)[
-        "zero_shot"
-    ][data.template]
+    args = options.arguments("--shots 1 --seeds 1 --n-ctx 1 --epochs 1 --class-specific no".split())
+    result = grid.Grid(*mini, data, tmp_path, args).results()["zero_shot"][data.template]
     assert result["imagenet_a"] == 50  # class 0, which scores highest, is not among the answers
     assert result["imagenet_sketch"] == result["test"] == pytest.approx(100 / 3)
 
