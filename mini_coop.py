@@ -101,6 +101,13 @@ def _prompt(model, tokens, text):
     return [SOS, *tokens, EOT]
 
 
+def _check_images(images):
+    wrong = [image for image in images if not isinstance(image, (str, os.PathLike, Image.Image))]
+    kind = type((wrong or [0])[0]).__name__
+    _check(not wrong, f"an image is a path or a PIL image, not a {kind}: of a split of load_dataset"
+           " take .images, of an array make one with PIL.Image.fromarray")
+
+
 def _check_clip(model):
     wrong = [p for p in model.parameters() if p.requires_grad or p.dtype != torch.float32]
     _check(not wrong and not model.training, "CLIP must be frozen, in eval mode and in float32, as "
@@ -348,9 +355,8 @@ def open_image(image):
 
     Upright by its EXIF tag, transparent parts white, deeper than 8 bits scaled to 8.
     """
+    _check_images([image])
     if not isinstance(image, Image.Image):
-        _check(isinstance(image, (str, os.PathLike)), f"an image is a path or a PIL image, not a "
-               f"{type(image).__name__}; PIL.Image.fromarray makes one of an array")
         path = Path(image).expanduser()
         # a path that leads through a file leads into an archive
         if archive := next((folder for folder in path.parents if folder.is_file()), None):
@@ -380,10 +386,21 @@ def _random_view(image, n_px, rng):
         if 0 < sides[0] <= width and 0 < sides[1] <= height:
             w, h = sides
             break
-    left = rng.randint(0, width - w)
-    top = rng.randint(0, height - h)
-    view = image.crop((left, top, left + w, top + h)).resize((n_px, n_px), Image.Resampling.BICUBIC)
+    x = rng.randint(0, width - w)
+    y = rng.randint(0, height - h)
+    view = image.crop((x, y, x + w, y + h)).resize((n_px, n_px), Image.Resampling.BICUBIC)
     return ImageOps.mirror(view) if rng.random() < 0.5 else view
+
+
+def _pixels(image, preprocess, views, n_px, seed):
+    """An image -> pixels (V, 3, n_px, n_px), of random views if V > 1."""
+    image = open_image(image)
+    if views == 1:
+        return preprocess(image)[None].float()
+    rng = random.Random(os.fsencode(seed))
+    to_tensor, normalise = preprocess.transforms[-2:]
+    crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
+    return normalise(torch.stack(crops)).float()
 
 
 # ---------------------------------------------------------------- CLIP, frozen
@@ -467,30 +484,25 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     """
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     _check(images, "no images to encode")
-    _check(not isinstance(images[0], (list, tuple)), "of a split of load_dataset take .images")
+    _check_images(images)
     views = _whole("views", views)
     batch_size = max(1, _whole("batch_size", batch_size) // views)
     seed = _whole("seed", seed, least=0)
     n_px = model.visual.input_resolution
+    device = model.text_projection.device
+    # an image's views depend on its name, not on the batch or on other files
+    names = [i if isinstance(image, Image.Image) else Path(image).name
+             for i, image in enumerate(images)]
     unreadable = {}
 
-    def pixels_of(i):  # (V, 3, n_px, n_px)
+    def pixels_of(i):
         try:
-            image = open_image(images[i])
-            if views == 1:
-                return preprocess(image)[None].float()
-            # a file's views depend on its name, not on the batch or on other files
-            name = str(i) if isinstance(images[i], Image.Image) else Path(images[i]).name
-            rng = random.Random(os.fsencode(f"{seed} {name}"))
-            to_tensor, normalise = preprocess.transforms[-2:]
-            crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
-            return normalise(torch.stack(crops)).float()
+            return _pixels(images[i], preprocess, views, n_px, f"{seed} {names[i]}")
         except Exception as error:  # broken files and archives raise anything
             unreadable[i] = f"{images[i]} ({error})"
             return torch.full((views, 3, n_px, n_px), math.nan)
 
     features = []
-    device = model.text_projection.device
     bar = tqdm(total=len(images), desc="encoding images", disable=not progress, leave=False)
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads, bar:
         for batch in torch.arange(len(images)).split(batch_size):
@@ -505,9 +517,10 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
         raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
                            "are its weights damaged, or in half precision?")
     if unreadable:
+        some = "; ".join(list(unreadable.values())[:3])
         warnings.warn(f"{len(bad)} of {len(images)} images cannot be read and are rows of NaN: "
-                      f"{'; '.join(list(unreadable.values())[:3])}. keep = features.isfinite()"
-                      ".flatten(1).all(1) selects the others", stacklevel=3)
+                      f"{some}. keep = features.isfinite().flatten(1).all(1) selects the others",
+                      stacklevel=3)
     return features if views > 1 else features[:, 0]
 
 

@@ -72,8 +72,9 @@ class Grid:
         images = []
         for split in (data.train, data.val, *self.tests.values()):
             images += [split.labels, *map(stamp, split.images)]
-        self.key = digest(sha256_of(model.state_dict()), effect(preprocess), data.classnames, images,
-                          args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views)
+        options = args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views
+        self.key = digest(sha256_of(model.state_dict()), effect(preprocess), data.classnames,
+                          images, options)
 
     def finished(self, cell):
         """A finished cell's accuracies {split: %}, or None."""

@@ -1,71 +1,47 @@
-"""How much faster than the published way? `python tests/benchmark.py` (about 11 minutes on two CPU cores, minutes on a GPU).
+"""How much faster than the published way? `python tests/benchmark.py`, 15 minutes on two CPU cores.
 
-Real sizes (RN50's text tower: width 512, 12 layers), random weights, as speed does not depend on the values. The published way is written
-from the paper: 77 tokens for every class, every class on its own, images encoded in every step; fp32 on a CPU, fp16 on CUDA.
-Not a test: nothing here is asserted but that both ways give the same gradient.
+RN50's sizes (text tower of width 512 with 12 layers) and random weights, as speed does not depend
+on the values. The published way is tests/reference.py, 77 tokens for every class, and encodes the
+images in every step; float32 on a CPU, float16 on CUDA. Not a test: all that is asserted is that
+both ways give the same gradient.
 """
-
 import argparse
 import copy
 import ctypes
-import functools
 import random
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import mini_coop  # noqa: E402
-from mini_coop import CoOp, clip  # noqa: E402
+import mini_coop
+from mini_coop import CoOp, clip, load_clip
+from reference import reference_features
 
-M, SLICE = (
-    16,
-    100,
-)  # context vectors; classes that the published way computes at a time where memory is short (CPU)
+M = 16  # context vectors
+SLICE = 100  # classes that the published way computes at a time on a CPU, where more do not fit
+LINE = "{:30}{:>12}{:>9}{:>7}{:>14}{:>9}{:>7}{:>14}"
 
 
 def class_names(K):
-    """K names of 1 to 11 tokens, 2 on average, as ImageNet's are (prompts of 30 tokens at most, 21 on average)."""
-    words = [
-        token[:-4]
-        for token in mini_coop._tokenizer.encoder
-        if token.endswith("</w>") and token[:-4].isalpha() and token.isascii()
-    ]
+    """K names of 1 to 11 tokens, 2 on average, as ImageNet's: prompts of 21 tokens, 30 at most."""
+    words = []
+    for token in mini_coop._tokenizer.encoder:
+        word = token[:-4]
+        if token.endswith("</w>") and word.isalpha() and word.isascii():
+            words.append(word)
     rng = random.Random(0)
-    return [
-        " ".join(
-            [words[k], *rng.choices(words, k=10 if k == 0 else min(10, int(rng.expovariate(0.7))))]
-        )
-        for k in range(K)
-    ]
-
-
-def published(coop, rows):
-    """Text features of classes `rows` the published way: prompts of 77 tokens through CLIP's own transformer (class token at the end)."""
-    model = coop.clip_model
-    tokens = (
-        clip.tokenize([" ".join(["X"] * M) + f" {coop.classnames[k]}." for k in rows])
-        .long()
-        .to(coop.ctx.device)
-    )
-    embedding = model.token_embedding(tokens)  # (K, 77, D)
-    ctx = (coop.ctx[rows] if coop.class_specific else coop.ctx.expand(len(rows), -1, -1)).to(
-        embedding.dtype
-    )
-    x = torch.cat(
-        [embedding[:, :1], ctx, embedding[:, 1 + M :]], 1
-    ) + model.positional_embedding.to(embedding.dtype)
-    x = model.ln_final(model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2))
-    return F.normalize(
-        (x[torch.arange(len(rows)), tokens.argmax(1)] @ model.text_projection).float(), dim=-1
-    )
+    names = []
+    for k in range(K):
+        more = 10 if k == 0 else min(10, int(rng.expovariate(0.7)))
+        names.append(" ".join([words[k], *rng.choices(words, k=more)]))
+    return names
 
 
 class Peak:
-    """Peak memory of a block above what was there before, in MB: the allocator's on CUDA, the process's resident set on Linux."""
+    """Peak memory of a block above what was there before, in MB: the allocator's on CUDA, the
+    process's resident set on Linux."""
 
     def __enter__(self):
         self.cuda = torch.cuda.is_available()
@@ -80,24 +56,22 @@ class Peak:
         return self
 
     def __exit__(self, *_):
+        self.mb = float("nan")
         if self.cuda:
             self.mb = (torch.cuda.max_memory_allocated() - self.before) / 1e6
-        else:
-            self.mb = (
-                (self.status("VmHWM") - self.before) / 1e3
-                if sys.platform == "linux"
-                else float("nan")
-            )
+        elif sys.platform == "linux":
+            self.mb = (self.status("VmHWM") - self.before) / 1e3
 
     @staticmethod
     def status(key):
-        return int(
-            next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]
-        )
+        text = Path("/proc/self/status").read_text()
+        return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
 
 
 def timed(run, repeats):
-    """Median seconds of `run` after a first time, its last result and its peak memory; repeats=0: the first time is all."""
+    """-> median seconds of `run` after a first time, its result, its peak memory in MB.
+
+    repeats=0: the first time is all."""
     start = time.perf_counter()
     with Peak() as peak:
         result = run()
@@ -111,132 +85,103 @@ def timed(run, repeats):
     return sorted(seconds)[len(seconds) // 2], result, peak.mb
 
 
-def text_step(model, model16, K, class_specific, device, repeats):
-    """-> (published s, ours s, published MB, ours MB, relative difference of the gradients)"""
+def text_step(model, model16, K, class_specific, repeats=3):
+    """Times one forward and backward pass of the text side; prints a line; -> (their s, our s)."""
     coop = CoOp(model, class_names(K), M, class_specific)
-    cotangent = torch.randn(
-        K, model.text_projection.shape[1], generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    at_once = K if device.type == "cuda" else min(K, SLICE)
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(K, model.text_projection.shape[1], generator=generator).to(coop.ctx.device)
+    at_once = K if coop.ctx.is_cuda else min(K, SLICE)
+
+    def ours():
+        return torch.autograd.grad(coop.text_features(), coop.ctx, target)[0]
 
     def theirs():
-        gradient = 0
+        total = 0
         for start in range(0, K, at_once):
-            rows = list(range(start, min(K, start + at_once)))
-            gradient = (
-                gradient + torch.autograd.grad(published(coop, rows), coop.ctx, cotangent[rows])[0]
-            )
-        return gradient
+            classes = list(range(start, min(K, start + at_once)))
+            features = reference_features(coop, classes, model16)
+            total = total + torch.autograd.grad(features, coop.ctx, target[classes])[0]
+        return total
 
-    graph = functools.cache(
-        coop._recorded
-        if device.type == "cuda" and len(coop._chunks) == 1
-        else lambda: coop.text_features
-    )  # as fit does
-    ours_s, ours, ours_mb = timed(
-        lambda: torch.autograd.grad(graph()(), coop.ctx, cotangent)[0], repeats
-    )
-    object.__setattr__(coop, "clip_model", model16)
-    theirs_s, gradient, theirs_mb = timed(
-        theirs, repeats if at_once == K else 0
-    )  # a run in slices is long enough to be warm
-    return (
-        theirs_s,
-        ours_s,
-        theirs_mb * K / at_once,
-        ours_mb,
-        ((ours - gradient).norm() / gradient.norm()).item(),
-    )
+    our_s, our_gradient, our_mb = timed(ours, repeats)
+    # a run in slices is long enough to be warm
+    their_s, gradient, their_mb = timed(theirs, repeats if at_once == K else 0)
+    their_mb *= K / at_once
+    differs = ((our_gradient - gradient).norm() / gradient.norm()).item()
+    kind = "class-specific" if class_specific else "unified"
+    star = "*" if at_once < K else ""
+    print(LINE.format(f"{K} classes, {kind}", f"{their_s:.3f}", f"{our_s:.3f}",
+                      f"{their_s / our_s:.1f}", f"{their_mb:.0f}{star}", f"{our_mb:.0f}",
+                      f"{their_mb / our_mb:.1f}", f"{differs:.1e}"), flush=True)
+    assert differs < (0.1 if coop.ctx.is_cuda else 1e-4)
+    return their_s, our_s
+
+
+def whole_training(model, model16, their_step):
+    """100 classes x 16 shots, 200 epochs: from a step, a batch of images and an epoch that is run."""
+    device = model.text_projection.device
+    images = torch.randn(32, 3, 224, 224, device=device)
+    with torch.no_grad():
+        encode = timed(lambda: model16.encode_image(images.to(model16.dtype)), 3)[0]
+        both = torch.cat([images, images])
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            encode_64 = timed(lambda: model.encode_image(both), 3)[0]
+    features = torch.randn(1600, 1024)
+    labels = torch.arange(1600) % 100
+    coop = CoOp(model, class_names(100), M)
+    coop.fit(features[:64], labels[:64], 1, progress=False)
+    epochs = 200 if device.type == "cuda" else 1
+    start = time.perf_counter()
+    coop.fit(features, labels, epochs, progress=False)
+    ours = (time.perf_counter() - start) * 200 / epochs + 1600 * 8 / 64 * encode_64
+    theirs = 200 * (1600 // 32) * (their_step + encode)
+    print(f"\nwhole training, 100 classes x 16 shots, 200 epochs: published {theirs / 3600:.2f} h "
+          f"(from the step and a batch of images, {encode:.3f} s), ours {ours / 60:.1f} min "
+          f"({epochs} of 200 epochs run; 8 views of each image encoded once), "
+          f"ratio {theirs / ours:.1f}")
+
+
+def mini_step():
+    """A step of the mini-CLIP: 37 names, forward and backward."""
+    model = load_clip("mini")[0]
+    for class_specific in (False, True):
+        coop = CoOp(model, mini_coop.load_dataset("objects").classnames, M, class_specific)
+        target = torch.randn(37, model.text_projection.shape[1], device=coop.ctx.device)
+        seconds = timed(lambda: torch.autograd.grad(coop.text_features(), coop.ctx, target), 50)[0]
+        kind = "class-specific" if class_specific else "unified"
+        print(f"mini-CLIP, 37 classes, {kind}: {1000 * seconds:.1f} ms")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--device")
     args = parser.parse_args()
-    device = mini_coop.load_clip(device=args.device)[0].text_projection.device
+    device = load_clip(device=args.device)[0].text_projection.device
     torch.manual_seed(0)
-    model = (
-        clip.model.CLIP(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12)
-        .float()
-        .eval()
-        .requires_grad_(False)
-        .to(device)
-    )
-    model16 = copy.deepcopy(model)  # the published way's: fp16 on CUDA
+    model = clip.model.CLIP(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12)
+    model = model.float().eval().requires_grad_(False).to(device)
+    model16 = copy.deepcopy(model)  # the published way's: float16 on CUDA
     if device.type == "cuda":
         clip.model.convert_weights(model16)
     model.visual.to(memory_format=torch.channels_last)  # as load_clip does
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     print(f"{name}; torch {torch.__version__}; RN50's sizes, M = {M}, class token at the end\n")
-    print(
-        f"{'text step, forward and backward':34}{'published s':>12}{'ours s':>9}{'ratio':>8}{'published MB':>14}{'ours MB':>9}{'ratio':>7}{'gradient differs by':>21}"
-    )
+    print(LINE.format("text step, both passes", "published s", "ours s", "ratio", "published MB",
+                      "ours MB", "ratio", "gradient off"))
     steps = {}
     for K in args.classes:
-        for specific in (False, True):
-            a, b, mb_a, mb_b, difference = steps[K, specific] = text_step(
-                model, model16, K, specific, device, 3
-            )
-            note = "*" if device.type == "cpu" and K > SLICE else ""
-            print(
-                f"{f'{K} classes, ' + ('class-specific' if specific else 'unified'):34}{a:12.3f}{b:9.3f}{a / b:8.1f}{f'{mb_a:.0f}{note}':>14}{mb_b:9.0f}"
-                f"{mb_a / mb_b:7.1f}{difference:21.1e}",
-                flush=True,
-            )
-            assert difference < (1e-3 if device.type == "cpu" else 0.1)
+        for class_specific in (False, True):
+            steps[K, class_specific] = text_step(model, model16, K, class_specific)
     if device.type == "cpu" and max(args.classes) > SLICE:
-        print(
-            f"* computed in slices of {SLICE} classes, as it does not fit; the memory is that of one slice times their number"
-        )
-
-    a, b = torch.randn(4096, 512, device=device), torch.randn(512, 2048, device=device)
-    if device.type == "cuda":
-        a, b = a.bfloat16(), b.bfloat16()
-    rate = 2 * 4096 * 512 * 2048 * 10 / timed(lambda: [a @ b for _ in range(10)], 5)[0]
-
-    def floor(coop):
-        """-> (tokens that must be computed, seconds at this rate): 24 D^2 operations a token and layer, as many back to the inputs."""
-        n_tokens = sum(len(rows) for rows, *_ in coop._chunks) + coop.n_shared + 1
-        return n_tokens, 2 * 24 * 512**2 * 12 * n_tokens / rate
-
+        print(f"* in slices of {SLICE} classes, as it does not fit: one slice's memory times their "
+              "number")
     if 100 in args.classes:
-        n_steps, images = (
-            200 * (1600 // 32),
-            torch.randn(32, 3, 224, 224, device=device),
-        )  # 100 classes x 16 shots, 200 epochs
-        with torch.no_grad():
-            encode = timed(lambda: model16.encode_image(images.to(model16.dtype)), 3)[0]
-            with torch.autocast(
-                device.type, torch.float16, enabled=device.type == "cuda"
-            ):  # as in encode_images
-                encode_64 = timed(lambda: model.encode_image(torch.cat([images, images])), 3)[0]
-        features, labels = F.normalize(torch.randn(1600, 1024), dim=-1), torch.arange(1600) % 100
-        coop, epochs = CoOp(model, class_names(100), M), 200 if device.type == "cuda" else 1
-        coop.fit(features[:64], labels[:64], 1, progress=False)
-        start = time.perf_counter()
-        coop.fit(features, labels, epochs, progress=False)
-        training, views = (time.perf_counter() - start) * 200 / epochs, 1600 * 8 / 64 * encode_64
-        theirs = n_steps * (steps[100, False][0] + encode)
-        print(
-            f"\nwhole training, 100 classes x 16 shots, 200 epochs: published {theirs / 3600:.2f} h (from the step and a batch of images, "
-            f"{encode:.3f} s), ours {(training + views) / 60:.1f} min ({epochs} of 200 epochs run; 8 views of each image encoded once, 64 in "
-            f"{encode_64:.3f} s), ratio {theirs / (training + views):.1f}; with a text step at the floor (below) it would be "
-            f"{theirs / (n_steps * floor(coop)[1] + views):.1f}"
-        )
-
-    K = max(args.classes)
-    n_tokens, seconds = floor(CoOp(model, class_names(K), M))
-    print(
-        f"\nfloor at {K} classes, unified: {n_tokens} tokens that must be computed, {rate / 1e9:.0f} GFLOP/s measured for matrices of this width: "
-        f"{seconds:.3f} s; ours is {steps[K, False][1] / seconds:.2f} times that"
-    )
+        whole_training(model, model16, steps[100, False][0])
+    mini_step()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Step 4: the parts of data/README.md that are made from the data: the table of icon sets and the picture of the tasks.
 
-    python card.py [--work work]
+python card.py [--work work]
 """
+
 import argparse
 import json
 import random
@@ -17,14 +18,19 @@ TASKS = ["objects", "pixels", "styles", "designers", "actions"]
 
 
 def table(work):
-    lines = ["| set | version | used for | drawings | licence | name, author, source |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| set | version | used for | drawings | licence | name, author, source |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in read_sets():
         info = json.loads((work / f"node_modules/@iconify-json/{row['set']}/info.json").read_text())
         author, licence = info["author"], info["license"]
         source = f"[{info['name']}]({author['url']})" if author.get("url") else info["name"]
         drawn = len(np.load(work / f"drawn/{row['set']}.npz")["names"])
         role = "tasks" if row["role"] == "held-out" else "pre-training"
-        lines.append(f"| {row['set']} | {row['version']} | {role} | {drawn} | {licence['spdx']} | {source}, {author['name']} |")
+        lines.append(
+            f"| {row['set']} | {row['version']} | {role} | {drawn} | {licence['spdx']} | {source}, {author['name']} |"
+        )
     return "\n".join(lines)
 
 
@@ -37,7 +43,9 @@ def tasks_picture(path):
         labels = rng.sample(range(len(data.classnames)), min(10, len(data.classnames)))
         labels += rng.sample(range(len(data.classnames)), 10 - len(labels))
         for ax, label in zip(row, labels):
-            image = rng.choice([i for i, k in zip(data.train.images, data.train.labels) if k == label])
+            image = rng.choice(
+                [i for i, k in zip(data.train.images, data.train.labels) if k == label]
+            )
             ax.imshow(open_image(image).convert("RGB"))
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(data.classnames[label], fontsize=7)
@@ -46,11 +54,15 @@ def tasks_picture(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=HERE / "work")
     args = parser.parse_args()
     card = HERE.parent / "README.md"
-    head, mark, _ = card.read_text(encoding="utf-8").partition("<!-- sets: made by data/build/card.py -->\n")
+    head, mark, _ = card.read_text(encoding="utf-8").partition(
+        "<!-- sets: made by data/build/card.py -->\n"
+    )
     card.write_text(head + mark + table(args.work) + "\n", encoding="utf-8")
     (HERE.parent / "results").mkdir(exist_ok=True)
     tasks_picture(HERE.parent / "results/tasks.png")

@@ -2,6 +2,7 @@
 
 Nothing here draws, trains or reads the network; `tests/test_build.py` covers this file.
 """
+
 import csv
 import hashlib
 import random
@@ -13,30 +14,88 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
-SIZES = ("24", "20", "16", "32", "28", "48", "12", "10", "96")  # of one drawing at several sizes we keep the first
+SIZES = (
+    "24",
+    "20",
+    "16",
+    "32",
+    "28",
+    "48",
+    "12",
+    "10",
+    "96",
+)  # of one drawing at several sizes we keep the first
 # A trailing word of an icon's name that tells the style of the drawing, not what is drawn.
 STYLE_WORDS = {
-    "outline": "outline", "outlined": "outline", "line": "outline", "linear": "outline", "stroke": "outline",
-    "o": "outline", "r": "outline", "broken": "outline", "regular": "outline",
-    "fill": "solid", "filled": "solid", "solid": "solid", "f": "solid", "baseline": "solid",
-    "bold": "bold", "thin": "thin", "light": "thin", "duotone": "two-tone", "twotone": "two-tone",
-    "sharp": "", "rounded": "", "round": "", "remix": "", "loop": "", "transition": "", "24px": "",
+    "outline": "outline",
+    "outlined": "outline",
+    "line": "outline",
+    "linear": "outline",
+    "stroke": "outline",
+    "o": "outline",
+    "r": "outline",
+    "broken": "outline",
+    "regular": "outline",
+    "fill": "solid",
+    "filled": "solid",
+    "solid": "solid",
+    "f": "solid",
+    "baseline": "solid",
+    "bold": "bold",
+    "thin": "thin",
+    "light": "thin",
+    "duotone": "two-tone",
+    "twotone": "two-tone",
+    "sharp": "",
+    "rounded": "",
+    "round": "",
+    "remix": "",
+    "loop": "",
+    "transition": "",
+    "24px": "",
 }
 SET_STYLES = {  # what the whole set is
-    **dict.fromkeys(["emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto", "noto-v1", "streamline-emojis",
-                     "twemoji", "emojione-monotone", "fluent-emoji-high-contrast"], "emoji"),
+    **dict.fromkeys(
+        [
+            "emojione",
+            "fluent-emoji",
+            "fluent-emoji-flat",
+            "fxemoji",
+            "noto",
+            "noto-v1",
+            "streamline-emojis",
+            "twemoji",
+            "emojione-monotone",
+            "fluent-emoji-high-contrast",
+        ],
+        "emoji",
+    ),
     **dict.fromkeys(["pixel", "pixelarticons", "streamline-pixel"], "pixel"),
     **dict.fromkeys(["streamline-freehand-color"], "sketch"),
     **dict.fromkeys(["icon-park-solid", "bxs", "fa6-solid", "fa7-solid", "uis"], "solid"),
-    **dict.fromkeys(["icon-park-outline", "bx", "fa6-regular", "fa7-regular", "feather", "lucide", "tabler"], "outline"),
-    **dict.fromkeys(["uit", "simple-line-icons", "mdi-light"], "thin"), **dict.fromkeys(["icon-park-twotone", "uim", "duo-icons"], "two-tone"),
+    **dict.fromkeys(
+        ["icon-park-outline", "bx", "fa6-regular", "fa7-regular", "feather", "lucide", "tabler"],
+        "outline",
+    ),
+    **dict.fromkeys(["uit", "simple-line-icons", "mdi-light"], "thin"),
+    **dict.fromkeys(["icon-park-twotone", "uim", "duo-icons"], "two-tone"),
 }
-PREFIX_STYLES = {"ic": {"baseline": "solid", "outline": "outline", "round": "solid", "sharp": None, "twotone": None}}  # None: dropped
-BRAND = re.compile(r"\b(logo|logos|brand|brands|social|facebook|twitter|google|microsoft|amazon|instagram|youtube|github|gitlab|"
-                   r"linkedin|whatsapp|tiktok|android|slack|discord|spotify|paypal|visa|mastercard|figma|dribbble|pinterest|reddit|"
-                   r"telegram|wechat|alipay|skype|snapchat|tumblr|vimeo|twitch|steam|playstation|xbox|ubuntu|docker|ibm|aws|azure|chrome|"
-                   r"firefox|safari|dropbox|weibo|qq|tesla|netflix|adobe|bitcoin|ethereum|behance|codepen|npm|react|vue|angular|"
-                   r"python|java|javascript|typescript|html5|css3|openai|stripe|shopify|wordpress|trello|airbnb|uber)\b")
+PREFIX_STYLES = {
+    "ic": {
+        "baseline": "solid",
+        "outline": "outline",
+        "round": "solid",
+        "sharp": None,
+        "twotone": None,
+    }
+}  # None: dropped
+BRAND = re.compile(
+    r"\b(logo|logos|brand|brands|social|facebook|twitter|google|microsoft|amazon|instagram|youtube|github|gitlab|"
+    r"linkedin|whatsapp|tiktok|android|slack|discord|spotify|paypal|visa|mastercard|figma|dribbble|pinterest|reddit|"
+    r"telegram|wechat|alipay|skype|snapchat|tumblr|vimeo|twitch|steam|playstation|xbox|ubuntu|docker|ibm|aws|azure|chrome|"
+    r"firefox|safari|dropbox|weibo|qq|tesla|netflix|adobe|bitcoin|ethereum|behance|codepen|npm|react|vue|angular|"
+    r"python|java|javascript|typescript|html5|css3|openai|stripe|shopify|wordpress|trello|airbnb|uber)\b"
+)
 SKIN = re.compile(r"-(light|medium|dark)(-skin-tone)?$|skin-tone")
 
 
@@ -60,10 +119,17 @@ def clean_name(prefix, icon, suffixes):
     words, style, size = icon.lower().replace("_", "-").split("-"), "", ""
     if words[0] in PREFIX_STYLES.get(prefix, {}):
         style = PREFIX_STYLES[prefix][words.pop(0)]
-    while len(words) > 1 and (words[-1] in suffixes or words[-1] in SIZES or re.fullmatch(r"\d{1,2}|alt|one|two", words[-1])):
+    while len(words) > 1 and (
+        words[-1] in suffixes
+        or words[-1] in SIZES
+        or re.fullmatch(r"\d{1,2}|alt|one|two", words[-1])
+    ):
         word = words.pop()
         if word in suffixes:
-            if word in ("sharp", "24px", "loop", "transition") and prefix not in ("ion", "famicons"):
+            if word in ("sharp", "24px", "loop", "transition") and prefix not in (
+                "ion",
+                "famicons",
+            ):
                 style = None
             elif style == "":
                 style = STYLE_WORDS[word]
@@ -81,7 +147,13 @@ def select(prefix, icons, brands=()):
     for icon in icons:
         name, style, size = clean_name(prefix, icon, suffixes)
         emoji = SET_STYLES.get(prefix) == "emoji"
-        if style is None or icon in brands or BRAND.search(name) or (emoji and SKIN.search(icon)) or not re.search("[a-z]", name):
+        if (
+            style is None
+            or icon in brands
+            or BRAND.search(name)
+            or (emoji and SKIN.search(icon))
+            or not re.search("[a-z]", name)
+        ):
             continue
         rank = SIZES.index(size) if size in SIZES else -1
         # numbered variants ("user-1", "user-2") are drawings of their own, sizes ("user-16", "user-24") are not
@@ -108,14 +180,20 @@ def picture_hash(picture):
 def thumbnails(pictures):
     """(N, 64, 64[, 3]) uint8 -> (N, 256) float32: 16x16 gray means, zero mean and unit norm, so that a dot is a correlation."""
     gray = pictures.mean(-1) if pictures.ndim == 4 else pictures
-    small = gray.reshape(len(gray), 16, 4, 16, 4).mean((2, 4), dtype=np.float32).reshape(len(gray), 256)
+    small = (
+        gray.reshape(len(gray), 16, 4, 16, 4).mean((2, 4), dtype=np.float32).reshape(len(gray), 256)
+    )
     small -= small.mean(1, keepdims=True)
-    return (small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    return (small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)).astype(
+        np.float32
+    )
 
 
 def near_duplicates(a, b, threshold=0.95):
     """Which rows of `a` have a correlation above the threshold with any row of `b`; thumbnails both -> bool (len(a),)."""
-    return np.concatenate([(part @ b.T).max(1) > threshold for part in np.array_split(a, max(1, len(a) // 2048))])
+    return np.concatenate(
+        [(part @ b.T).max(1) > threshold for part in np.array_split(a, max(1, len(a) // 2048))]
+    )
 
 
 def distinct_groups(thumbs, groups, threshold=0.95, same_group=0.985):
