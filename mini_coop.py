@@ -10,8 +10,8 @@ Prompt for Vision-Language Models, IJCV 2022.
     SOS V1 .. VM cat . EOT --> text encoder --> features (K, E) --+                              |
         ^------------------- gradients reach the context, nothing else is trained <--------------+
 
-Shapes: N images, B of them in a batch, V views of an image, K classes, M context vectors, D text
-width, E joint embedding; on the text side R rows of L tokens.
+Shapes: N images, B of them in a batch, A augmented views of an image, K classes, M context vectors,
+D text width, E joint embedding; on the text side R rows of L tokens that begin with P shared ones.
 """
 import hashlib
 import json
@@ -38,10 +38,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-with warnings.catch_warnings():  # the registry's copy of CLIP imports pkg_resources, now deprecated
+with warnings.catch_warnings():  # clip-anytorch imports pkg_resources, which is deprecated
     warnings.simplefilter("ignore")
     import clip
-    from clip.clip import _MODELS, _tokenizer, _transform  # the same in both distributions
+    from clip.clip import _MODELS, _tokenizer, _transform  # the same in OpenAI's clip
 
 __all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images",
            "zero_shot_weights", "linear_probe", "learning_rate", "n_epochs", "CoOp"]
@@ -54,7 +54,7 @@ EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
 CONTEXT = EOT + 1  # in our prompts, this and higher ids stand for context vectors
 
 
-# ---------------------------------------------------------------- checks of what users pass
+# ---------------------------------------------------------------- small helpers
 
 def _check(ok, message):
     if not ok:
@@ -64,119 +64,39 @@ def _check(ok, message):
 def _whole(name, value, least=1):
     """A whole number as an int (NumPy's too), or one error that names the argument."""
     try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        number = least - 1
-    _check(least <= number < 2**63,
+        number = None
+    _check(number is not None and not isinstance(value, bool) and least <= number < 2**63,
            f"{name} must be a whole number of {least} or more, not {value!r}")
     return number
 
 
-def _class_names(classnames):
-    """-> (the names as given, the names as prompts say them); warns of duplicates."""
-    _check(not isinstance(classnames, (str, bytes, dict, set, frozenset)),
-           f"classnames must be a list of texts, not a {type(classnames).__name__}")
-    given = list(classnames)
-    _check(given, "the list of class names is empty")
-    names = []
-    groups = {}  # what CLIP sees of a name -> the names
-    for k, name in enumerate(given):
-        _check(isinstance(name, str), f"class {k} must be a text, not {name!r}")
-        names.append(name.replace("_", " ").strip())
-        tokens = _tokenizer.encode(names[k])
-        _check(tokens, f"class {k} has an empty name ({name!r})")
-        groups.setdefault(tuple(tokens), []).append(name)
-    if same := [" = ".join(group) for group in groups.values() if len(group) > 1]:
-        warnings.warn("classes of the same name cannot be told apart by their prompts: "
-                      + "; ".join(same), stacklevel=4)
-    return given, names
-
-
-def _prompt(model, tokens, text):
-    """[SOS, *tokens, EOT], if CLIP can read it."""
-    L = len(tokens) + 2
-    _check(L <= model.context_length, f"{text!r} makes a prompt of {L} tokens, but CLIP reads "
-           f"{model.context_length}: shorten the name or the context")
-    _check(not {SOS, EOT} & set(tokens), f"{text!r} holds CLIP's own marks of start and end")
-    return [SOS, *tokens, EOT]
-
-
 def _check_images(images):
-    wrong = [image for image in images if not isinstance(image, (str, os.PathLike, Image.Image))]
-    kind = type((wrong or [0])[0]).__name__
-    _check(not wrong, f"an image is a path or a PIL image, not a {kind}: of a split of load_dataset"
-           " take .images, of an array make one with PIL.Image.fromarray")
+    for image in images:
+        _check(isinstance(image, (str, os.PathLike, Image.Image)), "an image is a path or a PIL "
+               f"image, not a {type(image).__name__}: of a split of load_dataset take .images, of "
+               "an array make one with PIL.Image.fromarray")
 
 
-def _check_clip(model):
-    wrong = [p for p in model.parameters() if p.requires_grad or p.dtype != torch.float32]
-    _check(not wrong and not model.training, "CLIP must be frozen, in eval mode and in float32, as "
-           "load_clip gives it: call model.float().eval().requires_grad_(False)")
+def data_folder():
+    """Our own data/, beside this file."""
+    _check(DATA.is_dir(), f"no folder {DATA}: install with `pip install -e .`, in a clone")
+    return DATA
 
-
-def _context_words(model, ctx_init):
-    """Token ids of the words that a context starts from."""
-    _check(isinstance(ctx_init, str), f"ctx_init must be a text, not {ctx_init!r}")
-    words = ctx_init.replace("{}", "").strip(" .")
-    _check("{" not in ctx_init, f"ctx_init takes words, not a template: pass {words!r}")
-    tokens = _tokenizer.encode(ctx_init.replace("_", " "))
-    _check(tokens, f"ctx_init has no words: {ctx_init!r}")
-    _prompt(model, tokens, ctx_init)
-    return tokens
-
-
-def _check_features(coop, features, views=False):
-    """Image features on the context's device in float32, or one clear error."""
-    E = coop.clip_model.text_projection.shape[1]
-    x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
-    shapes = f"(N, {E})" + (f" or (N, views, {E})" if views else "")
-    _check(x.ndim in ((2, 3) if views else (2,)) and x.shape[-1] == E and x.numel(),
-           f"image features must be {shapes}, not {tuple(x.shape)}: are they from encode_images "
-           "with the same model?")
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
-    _check(not bad, f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
-           f"{(bad or [0])[0]} (an image that could not be read?)")
-    return x.clone() if x.is_inference() else x  # autograd refuses tensors of inference mode
-
-
-def _training_set(coop, features, labels, epochs, lr, batch_size):
-    """-> features (N, V, E), labels (N,), epochs, batch size: what `fit` starts from."""
-    x = _check_features(coop, features, views=True)
-    y = _check_labels(coop, labels, len(x))
-    epochs = n_epochs(int(y.bincount().max())) if epochs is None else _whole("epochs", epochs, 0)
-    batch_size = min(_whole("batch_size", batch_size), len(x))
-    _check(isinstance(lr, (int, float)) and lr is not True and 0 <= lr < math.inf,
-           f"lr must be a number of 0 or more, not {lr!r}")
-    return x.reshape(len(x), -1, x.shape[-1]), y, epochs, batch_size
-
-
-def _check_labels(coop, labels, N):
-    """Labels (N,) as int64 on the context's device, or one clear error."""
-    K = len(coop.classnames)
-    y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
-    _check(y.dtype.kind in "iu" and y.shape == (N,), f"labels must be {N} integers, the places of "
-           f"the classes, one per image, not {y.dtype} {y.shape}")
-    y = torch.as_tensor(y.astype(np.int64), device=coop.ctx.device)
-    wrong = y[(y < 0) | (y >= K)].tolist()
-    _check(not wrong, f"label {(wrong or [0])[0]} is outside of the {K} classes (0 to {K - 1})")
-    return y
-
-
-# ---------------------------------------------------------------- files
 
 def shared_folder():
     """A lab's folder of weights and data sets, $MINI_COOP_ROOT; without it our own data/."""
-    folder = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
-    _check(DATA.is_dir(), f"no folder {DATA}: install with `pip install -e .`, in a clone")
+    folder = Path(os.environ.get("MINI_COOP_ROOT") or data_folder()).expanduser()
     _check(folder.is_dir(), f"MINI_COOP_ROOT is set to {folder}, which does not exist")
     return folder
 
 
-def sha256_of(state, skip=()):
+def sha256_of(state, skip=None):
     """Tells weights apart, on any device: the SHA-256 of a state dict's values in float32."""
     digest = hashlib.sha256()
     for key, value in state.items():
-        if not key.startswith(skip):
+        if skip is None or not key.startswith(skip):
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -198,7 +118,8 @@ def whole_file(path):
 
 @lru_cache(maxsize=16)
 def _archive(path, changed):
-    """The zip archive at `path`, kept open. changed: its time, which tells it from a newer one."""
+    """The zip archive at `path`, kept open. changed: its modification time, so that a rewritten
+    file is opened anew."""
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -230,18 +151,19 @@ def load_dataset(name_or_folder):
     name_or_folder: a folder's name in data/ or in $MINI_COOP_ROOT, or the path of a folder with a
     dataset.json (data/README.md has its form) or one folder per class, `<root>/<class>/*.jpg`, with
     or without train/, val/, test/ above. Without them each class is dealt 50 / 20 / 30 by a fixed
-    seed, rounded as in the published code. A known name goes before a folder of that name here;
-    write "./actions" for that one. Raises ValueError for what cannot be read, naming the cure.
+    seed, rounded as in the published code. A known name wins over a folder of that name here; write
+    "./actions" for the folder. Raises ValueError for what is unknown, empty or broken.
     """
     known = {}
-    for place in (DATA, shared_folder()):
+    for place in (data_folder(), shared_folder()):
         known |= {file.parent.name: file.parent for file in sorted(place.glob("*/dataset.json"))}
     folder = known.get(str(name_or_folder), Path(name_or_folder).expanduser())
     _check(folder.is_dir(), f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
            + ", ".join(sorted(known)))
     data = _read_json(folder) if (folder / "dataset.json").exists() else _read_folders(folder)
     for part, split in (("train", data.train), ("test", data.test)):
-        without = [name for k, name in enumerate(data.classnames) if k not in set(split.labels)]
+        present = set(split.labels)
+        without = [name for k, name in enumerate(data.classnames) if k not in present]
         if without and split.images:
             warnings.warn(f"{folder}: no {part} images of {len(without)} of {len(data.classnames)} "
                           f"classes: {', '.join(without[:5])}", stacklevel=2)
@@ -257,7 +179,8 @@ def _read_json(folder):
         names = data["classnames"]
         domains = data.get("domains", {})
         root = folder / data.get("images", ".")
-        wrong = sorted(set(data["splits"]) - set(splits) | set(domains) & set(splits))
+        wrong = [part for part in data["splits"] if part not in splits]
+        wrong += [part for part in domains if part in splits]
         _check(data.get("format", 1) == 1,
                f"format {data.get('format')!r}, but this version reads 1: prepare it again")
         _check(isinstance(names, list) and names and all(isinstance(name, str) for name in names),
@@ -276,13 +199,15 @@ def _read_json(folder):
         inside = {root / name for name in _archive(root, root.stat().st_mtime_ns).namelist()}
     for part, (images, labels) in splits.items():
         lost = [image for image in images if image not in inside and not image.is_file()]
-        _check(not lost, f"{folder}: {len(lost)} of {len(images)} images of {part!r} are missing, "
-               f"first {(lost or [0])[0]}")
-        wrong = [k for k in labels if type(k) is not int or not 0 <= k < len(names)]
-        _check(not wrong, f"{folder}: label {(wrong or [0])[0]!r} in {part!r}, but there are "
-               f"{len(names)} classes (0 to {len(names) - 1})")
-    parts = [splits.pop(part) for part in ("train", "val", "test")]
-    return Dataset(folder.resolve().name, names, data["template"], *parts, domains=splits)
+        if lost:
+            raise ValueError(f"{folder}: {len(lost)} of {len(images)} images of {part!r} are "
+                             f"missing, first {lost[0]}")
+        for label in labels:
+            _check(type(label) is int and 0 <= label < len(names), f"{folder}: label {label!r} in "
+                   f"{part!r}, but there are {len(names)} classes (0 to {len(names) - 1})")
+    domains = {part: splits[part] for part in domains}
+    return Dataset(folder.resolve().name, names, data["template"], splits["train"], splits["val"],
+                   splits["test"], domains)
 
 
 def _read_folders(root):
@@ -338,11 +263,14 @@ def few_shot(train_labels, shots, seed, val_labels=None):
         members = {}  # classes in the order of first appearance, on which the sample depends
         for index, label in enumerate(np.asarray(labels).tolist()):
             members.setdefault(label, []).append(index)
-        if short := {label: len(some) for label, some in members.items() if len(some) < n}:
+        if short := {label: len(own) for label, own in members.items() if len(own) < n}:
             some = dict(list(short.items())[:5])
             warnings.warn(f"{len(short)} classes have fewer than {n} {kind} images and give all "
                           f"they have (label: images): {some}", stacklevel=3)
-        return sum((rng.sample(m, n) if len(m) >= n else m for m in members.values()), [])
+        drawn = []
+        for own in members.values():
+            drawn += rng.sample(own, n) if len(own) >= n else own
+        return drawn
 
     train = draw(train_labels, shots, "training")
     return train if val_labels is None else (train, draw(val_labels, min(shots, 4), "validation"))
@@ -392,13 +320,13 @@ def _random_view(image, n_px, rng):
     return ImageOps.mirror(view) if rng.random() < 0.5 else view
 
 
-def _pixels(image, preprocess, views, n_px, seed):
-    """An image -> pixels (V, 3, n_px, n_px), of random views if V > 1."""
+def _pixels(image, preprocess, views, n_px, key):
+    """An image -> pixels (A, 3, n_px, n_px), of views that `key` draws if A > 1."""
     image = open_image(image)
     if views == 1:
         return preprocess(image)[None].float()
-    rng = random.Random(os.fsencode(seed))
-    to_tensor, normalise = preprocess.transforms[-2:]
+    rng = random.Random(os.fsencode(key))  # a file name need not be UTF-8
+    to_tensor, normalise = preprocess.transforms[-2:]  # the end of CLIP's own transform
     crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
     return normalise(torch.stack(crops)).float()
 
@@ -406,7 +334,7 @@ def _pixels(image, preprocess, views, n_px, seed):
 # ---------------------------------------------------------------- CLIP, frozen
 
 def weights_file(name):
-    """Where OpenAI's weights lie, or will: in the lab's shared folder, else in ~/.cache/clip."""
+    """Where OpenAI's weights are, or will be: in the lab's shared folder, else ~/.cache/clip."""
     shared = shared_folder() / "clip" / Path(_MODELS[name]).name
     return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
 
@@ -443,13 +371,14 @@ def load_clip(name="mini", device=None):
 
 
 def _read_checkpoint(name):
-    """"mini" or a path -> CLIP. A TorchScript archive can hold code: only OpenAI's are opened."""
-    path = Path(name).expanduser() if name != "mini" else shared_folder() and DATA / "mini_clip.pt"
+    """A path, or "mini", -> CLIP. TorchScript can hold code: only OpenAI's own is opened."""
+    path = data_folder() / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
     _check(path.is_file(), f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
            f"{', '.join(_MODELS)}, nor a file")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        _check(name != "mini" or digest == MINI_SHA256, "`git checkout data` restores it")
+        _check(name != "mini" or digest == MINI_SHA256,
+               "its SHA-256 is not the one we shipped; `git checkout data` restores it")
         names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(member.endswith("/constants.pkl") for member in names):  # TorchScript
             _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not "
@@ -459,7 +388,8 @@ def _read_checkpoint(name):
         else:
             state = torch.load(path, "cpu", weights_only=True)
         model = clip.model.build_model(dict(state)).float()
-        model.load_state_dict({key: state[key] for key in model.state_dict()})  # build_model rounds
+        # build_model went through float16: put the exact values back
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model
     except Exception as error:  # a file that is no checkpoint can raise anything
         raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged: "
@@ -474,13 +404,13 @@ def _reason(error):
 @torch.no_grad()
 def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, workers=None,
                   progress=True):
-    """CLIP's image features as they come, not normalised, float32 on the model's device: (N, E).
+    """CLIP's image features, not normalised, in float32 on the model's device: (N, E).
 
-    images: paths or PIL images. views=1 uses `preprocess`, the test transform; V > 1 gives features
-    (N, V, E) of random crops (the paper's augmentation), drawn once by `seed`: the encoder is
-    frozen, so training picks among them. workers: threads that read images; None for one per core.
-    An image that cannot be read is named in a warning and becomes a row of NaN. Raises ValueError
-    if there are no images, RuntimeError if the model itself gives NaN.
+    images: paths or PIL images. views=1 uses `preprocess`, the test transform; views=A > 1 gives
+    (N, A, E), features of random crops (the paper's augmentation), drawn once by `seed`: the
+    encoder is frozen, so training picks among them. batch_size: views at a time. workers: threads
+    that read images, one per core if None. An image that cannot be read is named in a warning and
+    becomes a row of NaN. Raises ValueError without images, RuntimeError if the model gives NaN.
     """
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     _check(images, "no images to encode")
@@ -490,9 +420,10 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     seed = _whole("seed", seed, least=0)
     n_px = model.visual.input_resolution
     device = model.text_projection.device
-    # an image's views depend on its name, not on the batch or on other files
-    names = [i if isinstance(image, Image.Image) else Path(image).name
-             for i, image in enumerate(images)]
+    names = list(range(len(images)))  # views depend on a file's name, or a PIL image's place
+    for i, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            names[i] = Path(image).name
     unreadable = {}
 
     def pixels_of(i):
@@ -508,20 +439,104 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
         for batch in torch.arange(len(images)).split(batch_size):
             pixels = torch.cat(list(threads.map(pixels_of, batch.tolist())))
             with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-                x = model.encode_image(pixels.to(device)).float()  # (B * V, E)
-            features.append(x.unflatten(0, (-1, views)))  # (B, V, E)
+                x = model.encode_image(pixels.to(device)).float()  # (B * A, E)
+            features.append(x.unflatten(0, (-1, views)))  # (B, A, E)
             bar.update(len(batch))
     features = torch.cat(features)
-    bad = (~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
-    if set(bad) - set(unreadable):
+    bad = set((~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()) - set(unreadable)
+    if bad:
         raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
                            "are its weights damaged, or in half precision?")
     if unreadable:
-        some = "; ".join(list(unreadable.values())[:3])
-        warnings.warn(f"{len(bad)} of {len(images)} images cannot be read and are rows of NaN: "
-                      f"{some}. keep = features.isfinite().flatten(1).all(1) selects the others",
-                      stacklevel=3)
+        some = "; ".join(unreadable[i] for i in sorted(unreadable)[:3])
+        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of "
+                      f"NaN: {some}. keep = features.isfinite().flatten(1).all(1) selects the "
+                      "others", stacklevel=3)
     return features if views > 1 else features[:, 0]
+
+
+# ---------------------------------------------------------------- checks of what users pass
+
+def _class_names(classnames):
+    """-> (the names as given, the names as prompts say them); warns of duplicates."""
+    _check(not isinstance(classnames, (str, bytes, dict, set, frozenset)),
+           f"classnames must be a list of texts, not a {type(classnames).__name__}")
+    given = list(classnames)
+    _check(given, "the list of class names is empty")
+    names = []
+    groups = {}  # what CLIP sees of a name -> the names
+    for k, name in enumerate(given):
+        _check(isinstance(name, str), f"class {k} must be a text, not {name!r}")
+        names.append(name.replace("_", " ").strip())
+        tokens = _tokenizer.encode(names[k])
+        _check(tokens, f"class {k} has an empty name ({name!r})")
+        groups.setdefault(tuple(tokens), []).append(name)
+    if same := [" = ".join(group) for group in groups.values() if len(group) > 1]:
+        warnings.warn("classes of the same name cannot be told apart by their prompts: "
+                      + "; ".join(same), stacklevel=4)
+    return given, names
+
+
+def _prompt(model, tokens, text):
+    """[SOS, *tokens, EOT], if CLIP can read it."""
+    L = len(tokens) + 2
+    _check(L <= model.context_length, f"{text!r} makes a prompt of {L} tokens, but CLIP reads "
+           f"{model.context_length}: shorten the name or the context")
+    _check(not {SOS, EOT} & set(tokens), f"{text!r} holds CLIP's own marks of start and end")
+    return [SOS, *tokens, EOT]
+
+
+def _check_clip(model):
+    wrong = [p for p in model.parameters() if p.requires_grad or p.dtype != torch.float32]
+    _check(not wrong and not model.training, "CLIP must be frozen, in eval mode and in float32, as "
+           "load_clip gives it: call model.float().eval().requires_grad_(False)")
+
+
+def _context_words(model, ctx_init):
+    """Token ids of the words that a context starts from."""
+    _check(isinstance(ctx_init, str), f"ctx_init must be a text, not {ctx_init!r}")
+    _check("{}" not in ctx_init, "ctx_init takes words, not a template: pass "
+           + repr(ctx_init.replace("{}", "").strip(" .")))
+    tokens = _tokenizer.encode(ctx_init.replace("_", " "))
+    _check(tokens, f"ctx_init has no words: {ctx_init!r}")
+    return _prompt(model, tokens, ctx_init)[1:-1]
+
+
+def _features(coop, features, views=False):
+    """Image features on the context's device in float32, or one clear error."""
+    E = coop.clip_model.text_projection.shape[1]
+    x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
+    shapes = f"(N, {E}) or (N, views, {E})" if views else f"(N, {E})"
+    _check(2 <= x.ndim <= 2 + views and x.shape[-1] == E and x.numel(), f"image features must be "
+           f"{shapes}, not {tuple(x.shape)}: are they from encode_images with the same model?")
+    bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
+                         f"{bad[0]} (an image that could not be read?)")
+    x = x.clone() if x.is_inference() else x  # autograd refuses what inference mode made
+    return x.reshape(len(x), -1, E) if views else x
+
+
+def _labels(coop, labels, N):
+    """Labels (N,) as int64 on the context's device, or one clear error."""
+    K = len(coop.classnames)
+    y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+    _check(y.dtype.kind in "iu" and y.shape == (N,), f"labels must be {N} integers, the places of "
+           f"the classes, one per image, not {y.dtype} {y.shape}")
+    y = torch.as_tensor(y.astype(np.int64), device=coop.ctx.device)
+    for label in y[(y < 0) | (y >= K)].tolist():
+        raise ValueError(f"label {label} is outside of the {K} classes (0 to {K - 1})")
+    return y
+
+
+def _recipe(labels, epochs, lr, batch_size):
+    """-> epochs and batch size that fit trains with."""
+    if epochs is None:
+        epochs = n_epochs(int(labels.bincount().max()))
+    epochs = _whole("epochs", epochs, least=0)
+    _check(isinstance(lr, (int, float)) and lr is not True and 0 <= lr < math.inf,
+           f"lr must be a number of 0 or more, not {lr!r}")
+    return epochs, min(_whole("batch_size", batch_size), len(labels))
 
 
 # ---------------------------------------------------------------- the text side
@@ -540,17 +555,18 @@ def pack(prompts, device, row=128):
     """K prompts, lists of token ids -> (tokens (R, L), position (R, L), visible (R, 1, L, L), eot).
 
     visible: True where a token (row) sees another one (column). eot (K,): where the last token of
-    each prompt stands in the flattened rows. row: tokens of branches in a row, about."""
+    each prompt stands in the flattened rows. row: how many tokens of branches a row takes."""
     K = len(prompts)
-    P = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # tokens of the trunk
+    P = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # the trunk has no EOT
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row)
     by_length = sorted(range(K), key=lambda k: len(prompts[k]))
     rows = []
     for r in range(n_rows):
         cells = [(prompts[0][p], p, -1) for p in range(P)]  # token, position, owner
-        for k in by_length[r::n_rows]:
+        for k in by_length[r::n_rows]:  # dealt like cards, so that rows are about as long
             cells += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
         rows.append(torch.tensor(cells, device=device))
+    # what pads a short row with zeros comes last, so nothing that is read sees it
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
@@ -564,7 +580,7 @@ def encode_rows(model, ctx, tokens, position, visible, eot):
 
     ctx: vectors (M, D) or (K, M, D), which take the places of the ids CONTEXT, CONTEXT + 1, ..."""
     x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D)
-    if ctx is not None:
+    if ctx is not None:  # every token looks up a vector; those that stand for one keep it
         vectors = F.embedding((tokens - CONTEXT).clamp(min=0), ctx.flatten(0, -2))  # (R, L, D)
         x = torch.where(tokens[:, :, None] < CONTEXT, x, vectors)
     x = x + model.positional_embedding[position]
@@ -582,17 +598,17 @@ def encode_rows(model, ctx, tokens, position, visible, eot):
     return model.ln_final(x) @ model.text_projection
 
 
-def encode_prompts(model, prompts, ctx=None):
-    """Unit-norm text features (K, E) of `prompts`, a list of packs; float32. On cards that have
+def encode_prompts(model, packs, ctx=None):
+    """Unit-norm text features (K, E), float32, of the prompts in `packs`. On cards that have
     bfloat16 the frozen encoder runs in it, in training and prediction alike."""
     device = model.text_projection.device
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        if len(prompts) == 1:
-            features = encode_rows(model, ctx, *prompts[0])
+        if len(packs) == 1:
+            features = encode_rows(model, ctx, *packs[0])
         else:  # keep no part's activations: they are computed again in the backward pass
             features = torch.cat([checkpoint(encode_rows, model, ctx, *part, use_reentrant=False)
-                                  for part in prompts])
+                                  for part in packs])
     return F.normalize(features.float(), dim=-1)
 
 
@@ -675,11 +691,13 @@ def n_epochs(shots):
 
 
 def _batches(x, batch_size, generator):
-    """One epoch of training images (N, V, E) in random order -> for each batch the places of its
+    """One epoch of training images (N, A, E) in random order -> for each batch the places of its
     images (B,) and a random view of each (B,). A last, short batch is dropped."""
-    N, V, _ = x.shape
+    N, A, _ = x.shape
     order = torch.randperm(N, generator=generator, device="cpu")
-    views = torch.randint(V, (N,), generator=generator, device="cpu") if V > 1 else 0 * order
+    views = torch.zeros_like(order)
+    if A > 1:
+        views = torch.randint(A, (N,), generator=generator, device="cpu")
     images = order[:N - N % batch_size].to(x.device)
     return zip(images.split(batch_size), views.to(x.device)[images].split(batch_size))
 
@@ -734,28 +752,28 @@ class CoOp(torch.nn.Module):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = _tokenizer.encode(name + ".")
-            n = len(_tokenizer.encode(name))  # as published: in "(animal)." the period goes with it
+            n = len(_tokenizer.encode(name))  # as published; ")." is one token, which stays with it
             tokens = [*v[:before], *tokens[:n], *v[before:], *tokens[n:]]
             prompts.append(_prompt(model, tokens, name))
-        self._prompts = pack_in_parts(prompts, device)
+        self._packs = pack_in_parts(prompts, device)
 
-    def _apply(self, fn, *args):
-        """to(), cuda(), half(), double(): refused where they would part the context from CLIP."""
+    def _apply(self, fn, *args, **options):
+        """to(), cuda(), half(), double(): refused if they would separate the context from CLIP."""
         moved = fn(self.ctx.detach())
         _check(moved.device == self.ctx.device and moved.dtype == self.ctx.dtype, "the context "
                "stays in float32 on CLIP's device: choose it with load_clip(name, device)")
-        return super()._apply(fn, *args)
+        return super()._apply(fn, *args, **options)
 
     def text_features(self, ctx=None):
         """Unit-norm features (K, E) of the prompts with `ctx`, or another context of its shape."""
         ctx = self.ctx if ctx is None else ctx
         _check(ctx.shape == self.ctx.shape, f"a context of shape {tuple(ctx.shape)} instead of "
                f"{tuple(self.ctx.shape)}")
-        return encode_prompts(self.clip_model, self._prompts, ctx)
+        return encode_prompts(self.clip_model, self._packs, ctx)
 
     def forward(self, image_features, text_features=None):
         """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
-        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: if they are at hand."""
+        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: if already computed."""
         text_features = self.text_features() if text_features is None else text_features
         cosines = F.normalize(image_features, dim=-1) @ text_features.T
         return self.clip_model.logit_scale.exp() * cosines
@@ -769,13 +787,14 @@ class CoOp(torch.nn.Module):
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
-        image_features: (N, E), or (N, V, E): then each epoch takes a random view of each image.
-        labels: (N,) integers. epochs: None for `n_epochs` of the largest class. `history_` holds
-        loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned and sets
+        image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
+        labels: (N,) integers. epochs: if None, `n_epochs` of the largest class's images. `history_`
+        holds loss, accuracy (%) and lr of every epoch. Ctrl-C keeps what is learned and sets
         `interrupted_`. Raises RuntimeError when the loss is no longer finite.
         """
-        settings = epochs, lr, batch_size
-        x, y, epochs, batch_size = _training_set(self, image_features, labels, *settings)
+        x = _features(self, image_features, views=True)  # (N, A, E)
+        y = _labels(self, labels, len(x))
+        epochs, batch_size = _recipe(y, epochs, lr, batch_size)
         optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         generator = torch.Generator("cpu").manual_seed(self.seed)  # the same order on every device
         self.history_ = {"loss": [], "accuracy": [], "lr": []}
@@ -815,7 +834,7 @@ class CoOp(torch.nn.Module):
     @torch.no_grad()
     def predict_proba(self, image_features):
         """Class probabilities (N, K) of image features (N, E), equation 1."""
-        return self(_check_features(self, image_features)).softmax(1)
+        return self(_features(self, image_features)).softmax(1)
 
     def predict(self, image_features):
         """Class indices (N,) of image features (N, E)."""
@@ -824,7 +843,7 @@ class CoOp(torch.nn.Module):
     def score(self, image_features, labels):
         """Micro accuracy in [0, 1]: all images count alike."""
         predicted = self.predict(image_features)
-        return (predicted == _check_labels(self, labels, len(predicted))).double().mean().item()
+        return (predicted == _labels(self, labels, len(predicted))).double().mean().item()
 
     @torch.no_grad()
     def nearest_words(self, k=3):
@@ -886,6 +905,6 @@ class CoOp(torch.nn.Module):
 
 if __name__ == "__main__":  # the main job
     sys.modules["mini_coop"] = sys.modules["__main__"]  # which data/grid.py imports
-    sys.path.insert(0, str(shared_folder() and DATA))
+    sys.path.insert(0, str(data_folder()))
     from grid import main
     main()

@@ -57,8 +57,8 @@ def test_equal_to_the_77_token_way(
     coop = CoOp(tiny[0], NAMES, n_ctx, class_specific, class_position, init, seed=3)
     shape = (len(NAMES), n_ctx, 128) if class_specific else (n_ctx, 128)
     assert coop.n_ctx == n_ctx and coop.ctx.shape == shape
-    assert (len(coop._prompts) > 1) == (part == 30)
-    assert (len(coop._prompts[0][0]) > 1) == (row == 16)
+    assert (len(coop._packs) > 1) == (part == 30)
+    assert (len(coop._packs[0][0]) > 1) == (row == 16)
     target = torch.randn(len(NAMES), 32, generator=torch.Generator().manual_seed(0))
     ours = coop.text_features()
     theirs = reference_features(coop)
@@ -78,7 +78,7 @@ def test_the_trunk_is_shared_and_the_eot_is_last(tiny):
         ("end", True, 1),
     ]:
         coop = CoOp(tiny[0], NAMES, 6, class_specific, position)
-        tokens, positions, visible, eot = coop._prompts[0]
+        tokens, positions, visible, eot = coop._packs[0]
         assert (positions == 0).sum() == len(tokens) + (tokens == 0).sum()  # one SOS in each row
         assert visible[0, 0, :, :P].tril().sum() == visible[0, 0, :, :P].sum()
         assert visible[0, 0, P:, :P].all() and (tokens.flatten()[eot] == mini_coop.EOT).all()

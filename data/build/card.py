@@ -1,6 +1,6 @@
-"""Step 4: the parts of data/README.md that are made from the data: the table of icon sets and the picture of the tasks.
+"""Step 4: the parts of data/README.md made from the data: the table of sets, the tasks' picture.
 
-python card.py [--work work]
+    python card.py [--work work]
 """
 
 import argparse
@@ -15,22 +15,22 @@ from icons import HERE, read_sets
 from mini_coop import load_dataset, open_image
 
 TASKS = ["objects", "pixels", "styles", "designers", "actions"]
+MARK = "<!-- sets: made by data/build/card.py -->\n"
 
 
 def table(work):
-    lines = [
-        "| set | version | used for | drawings | licence | name, author, source |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The icon sets as a Markdown table."""
+    lines = ["| set | version | used for | drawings | licence | name, author, source |",
+             "|---|---|---|---|---|---|"]
     for row in read_sets():
         info = json.loads((work / f"node_modules/@iconify-json/{row['set']}/info.json").read_text())
-        author, licence = info["author"], info["license"]
+        author = info["author"]
+        licence = info["license"]["spdx"]
         source = f"[{info['name']}]({author['url']})" if author.get("url") else info["name"]
         drawn = len(np.load(work / f"drawn/{row['set']}.npz")["names"])
         role = "tasks" if row["role"] == "held-out" else "pre-training"
-        lines.append(
-            f"| {row['set']} | {row['version']} | {role} | {drawn} | {licence['spdx']} | {source}, {author['name']} |"
-        )
+        lines.append(f"| {row['set']} | {row['version']} | {role} | {drawn} | {licence} "
+                     f"| {source}, {author['name']} |")
     return "\n".join(lines)
 
 
@@ -39,13 +39,15 @@ def tasks_picture(path):
     fig = Figure((9, 6.2), layout="constrained")
     axes = fig.subplots(len(TASKS), 10)
     for name, row in zip(TASKS, axes):
-        data, rng = load_dataset(name), random.Random(1)
-        labels = rng.sample(range(len(data.classnames)), min(10, len(data.classnames)))
-        labels += rng.sample(range(len(data.classnames)), 10 - len(labels))
+        data = load_dataset(name)
+        rng = random.Random(1)
+        # ten classes; of a task with fewer, some twice
+        classes = range(len(data.classnames))
+        labels = rng.sample(classes, min(10, len(classes)))
+        labels += rng.sample(classes, 10 - len(labels))
         for ax, label in zip(row, labels):
-            image = rng.choice(
-                [i for i, k in zip(data.train.images, data.train.labels) if k == label]
-            )
+            pairs = zip(data.train.images, data.train.labels)
+            image = rng.choice([image for image, k in pairs if k == label])
             ax.imshow(open_image(image).convert("RGB"))
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(data.classnames[label], fontsize=7)
@@ -54,15 +56,13 @@ def tasks_picture(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work")
     args = parser.parse_args()
+    # what stands below the mark is replaced
     card = HERE.parent / "README.md"
-    head, mark, _ = card.read_text(encoding="utf-8").partition(
-        "<!-- sets: made by data/build/card.py -->\n"
-    )
+    head, mark, _ = card.read_text(encoding="utf-8").partition(MARK)
     card.write_text(head + mark + table(args.work) + "\n", encoding="utf-8")
     (HERE.parent / "results").mkdir(exist_ok=True)
     tasks_picture(HERE.parent / "results/tasks.png")

@@ -1,10 +1,13 @@
-"""Step 3: the five embedded tasks (and `outlines`, the domain-shift view of `objects`), from the held-out icon sets.
+"""Step 3: the embedded tasks, from the held-out icon sets.
 
     python tasks.py [--work work] [--sheets DIR]
 
---sheets also writes a contact sheet of every class, which is how the wrong labels in removed.tsv were found. What is drawn by one
-set under one name, in all its styles and weights, falls on one side of a split; drawings of different origin that correlate by
-more than 0.95 are not both kept. The hand-written template of each task is TEMPLATES below, fixed before any few-shot run.
+Writes the five tasks and `outlines`, the domain-shift view of `objects`. --sheets also writes a
+contact sheet of every class, which is how the wrong labels in removed.tsv were found.
+
+What one set draws under one name, in all its styles and weights, falls on one side of a split; of
+drawings of different origin that correlate by more than 0.95 only one is kept. The hand-written
+template of each task is in TEMPLATES below, fixed before any few-shot run.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from icons import (
 )
 from train import measured_style
 
+# Sets that show the same drawings in another style.
 FAMILY = {
     "icon-park-outline": "icon-park",
     "icon-park-solid": "icon-park",
@@ -39,11 +43,10 @@ FAMILY = {
     "famicons": "ion",
     "emojione-monotone": "emojione",
     "streamline-ultimate-color": "streamline-ultimate",
-}  # the same drawings in another style
-THICK = (
-    "ph",
-    "iconamoon",
-)  # sets in which "bold" is a thick line; in the others it is a solid drawing
+}
+# Sets in which "bold" is a thick line; in the others it is a solid drawing.
+THICK = ("ph", "iconamoon")
+EMOJI = ("twemoji", "emojione", "emojione-monotone")
 DESIGNERS = {
     "ph": "Phosphor",
     "solar": "Solar",
@@ -81,6 +84,9 @@ ACTIONS = {
     "download": "download|arrow down",
     "warn": "warning|alert|exclamation|error",
 }
+# Words with which an icon's name does not mean "this object, this action".
+NO_ACTION = ("circle|square|arrows?|radio|caret|medical|health|hospital|aid|plus minus|code|forward"
+             "|text|zoom")
 TEMPLATES = {
     "objects": "an icon of a {}.",
     "pixels": "an icon of a {}.",
@@ -88,47 +94,56 @@ TEMPLATES = {
     "designers": "an icon by {}.",
     "actions": "an icon of {}.",
 }
+# Drawings per class: train, val, test.
 SIZES = {
     "objects": (20, 4, 22),
     "styles": (24, 6, 40),
     "designers": (24, 6, 40),
     "actions": (24, 6, 30),
-}  # a class: train, val, test
+}
+SPLITS = ("train", "val", "test")
+
+
+# ---------------------------------------------------------------- labelled drawings
+
+def style_of(row, data, i, measured):
+    """The style of drawing i of a set: what its name or its set says, else what was measured.
+
+    None for the odd gray picture of a colour set, which has no style of its own.
+    """
+    style = str(data["styles"][i]) or SET_STYLES.get(row["set"], "")
+    if data["colour"][i]:
+        style = "colour"
+    if style not in ("colour", "outline", "solid", "two-tone", "thin", "bold"):
+        style = measured
+    if row["kind"] == "colour" and style != "colour":
+        return None
+    if style == "bold" and row["set"] not in THICK:
+        return "solid"
+    return style
 
 
 def held_out(work):
-    """All drawings of the held-out sets: dicts with set, icon, name, style, group, picture and thumb."""
+    """All drawings of the held-out sets.
+
+    Dicts with set, icon, name, style, picture, group and thumb.
+    """
     drawings = []
     for row in [r for r in read_sets() if r["role"] == "held-out"]:
-        data = dict(np.load(work / f"drawn/{row['set']}.npz"))
-        thumbs, pictures, prefix = thumbnails(data["pictures"]), data["pictures"], row["set"]
+        prefix = row["set"]
+        data = dict(np.load(work / f"drawn/{prefix}.npz"))
+        pictures = data["pictures"]
+        thumbs = thumbnails(pictures)
         measured = measured_style(pictures if pictures.ndim == 3 else pictures.mean(-1))
         for i, picture in enumerate(pictures):
-            style = (
-                "colour"
-                if data["colour"][i]
-                else str(data["styles"][i]) or SET_STYLES.get(prefix, "")
-            )
-            style = (
-                style
-                if style in ("colour", "outline", "solid", "two-tone", "thin", "bold")
-                else measured[i]
-            )
-            if row["kind"] == "colour" and style != "colour":
-                continue  # the odd gray picture of a colour set: no style of its own
-            if style == "bold" and prefix not in THICK:
-                style = "solid"
-            drawings.append(
-                {
-                    "set": prefix,
-                    "icon": str(data["icons"][i]),
-                    "name": str(data["names"][i]),
-                    "style": style,
-                    "picture": picture,
-                    "group": (FAMILY.get(prefix, prefix), str(data["names"][i])),
-                    "thumb": thumbs[i],
-                }
-            )
+            style = style_of(row, data, i, measured[i])
+            if style is None:
+                continue
+            name = str(data["names"][i])
+            group = (FAMILY.get(prefix, prefix), name)
+            drawings.append({"set": prefix, "icon": str(data["icons"][i]), "name": name,
+                             "style": style, "picture": picture, "group": group,
+                             "thumb": thumbs[i]})
     return drawings
 
 
@@ -138,16 +153,20 @@ def stroke(style):
 
 
 def label_objects(drawings):
-    concepts = [line.split("\t") for line in (HERE / "concepts.tsv").read_text().splitlines()]
-    patterns = [(concept, re.compile(pattern)) for concept, pattern in concepts]
-    return {
-        concept: [d for d in drawings if pattern.fullmatch(d["name"])]
-        for concept, pattern in patterns
-    }
+    """What is drawn, by the patterns of concepts.tsv."""
+    result = {}
+    for line in (HERE / "concepts.tsv").read_text().splitlines():
+        concept, pattern = line.split("\t")
+        pattern = re.compile(pattern)
+        result[concept] = [d for d in drawings if pattern.fullmatch(d["name"])]
+    return result
 
 
 def generic(some, drawings):
-    """Those of `some` drawings whose name at least two families of sets use: no brand marks, whose names one set alone has."""
+    """Those of `some` drawings whose name at least two families of sets use.
+
+    This leaves out brand marks, whose names one set alone has.
+    """
     families = defaultdict(set)
     for d in drawings:
         families[d["name"]].add(d["group"][0])
@@ -155,167 +174,193 @@ def generic(some, drawings):
 
 
 def label_styles(drawings):
-    def style(d):
-        return {"pixel": "pixel", "streamline-freehand-color": "sketch"}.get(d["set"], d["style"])
-
-    plain = [
-        d
-        for d in drawings
-        if d["set"] not in ("twemoji", "emojione", "emojione-monotone", "meteocons", "icon-park")
-    ]
-    plain = generic(plain, drawings)
-    return {word: [d for d in plain if style(d) == key] for key, word in STYLES.items()}
-
-
-def label_designers(drawings):
-    return {
-        name: [d for d in generic(drawings, drawings) if d["set"] == prefix]
-        for prefix, name in DESIGNERS.items()
-    }
-
-
-def label_actions(drawings):
-    """What an icon does to its object: "folder plus", "user add" -> add. The object before the action's word is never the label."""
+    """How it is drawn."""
+    of_set = {"pixel": "pixel", "streamline-freehand-color": "sketch"}
+    left_out = (*EMOJI, "meteocons", "icon-park")
+    plain = generic([d for d in drawings if d["set"] not in left_out], drawings)
     result = {}
-    for action, words in ACTIONS.items():
-        pattern = re.compile(
-            rf"(?!.*\b(circle|square|arrows?|radio|caret|medical|health|hospital|aid|plus minus|code|forward|text|zoom)\b)[a-z]+( [a-z]+)? ({words})"
-        )
-        result[action] = [
-            d
-            for d in drawings
-            if pattern.fullmatch(d["name"])
-            and d["set"] not in ("twemoji", "emojione", "emojione-monotone")
-        ]
+    for key, word in STYLES.items():
+        result[word] = [d for d in plain if of_set.get(d["set"], d["style"]) == key]
     return result
 
 
+def label_designers(drawings):
+    """Whose set it is from."""
+    common = generic(drawings, drawings)
+    result = {}
+    for prefix, name in DESIGNERS.items():
+        result[name] = [d for d in common if d["set"] == prefix]
+    return result
+
+
+def label_actions(drawings):
+    """What an icon does to its object: "folder plus", "user add" -> add.
+
+    The object before the action's word is never the label.
+    """
+    plain = [d for d in drawings if d["set"] not in EMOJI]
+    result = {}
+    for action, words in ACTIONS.items():
+        pattern = re.compile(rf"(?!.*\b({NO_ACTION})\b)[a-z]+( [a-z]+)? ({words})")
+        result[action] = [d for d in plain if pattern.fullmatch(d["name"])]
+    return result
+
+
+# ---------------------------------------------------------------- splits
+
+def is_removed(d, removed):
+    """Whether removed.tsv names the drawing; its columns `set` and `icon` may hold * and ?."""
+    return any(fnmatch.fnmatchcase(d["set"], row["set"])
+               and fnmatch.fnmatchcase(d["icon"], row["icon"]) for row in removed)
+
+
 def build(task, classes, removed, sizes, seed=0, pool=400):
-    """Labelled drawings -> {"train": [(drawing, label)], "val": ..., "test": ..., "spare": ...}; spare: what no split of them needs."""
-    splits, removed = (
-        defaultdict(list),
-        [(r["set"], r["icon"]) for r in removed if r["task"] == task],
-    )
+    """Labelled drawings -> {"train": [(drawing, label)], "val": ..., "test": ..., "spare": ...}.
+
+    spare: what no split of them needs.
+    """
+    removed = [row for row in removed if row["task"] == task]
+    # the order in which split_groups fills them
+    wanted = {"test": sizes[2], "val": sizes[1], "train": sizes[0], "spare": 0}
+    splits = defaultdict(list)
     for label, (name, drawings) in enumerate(classes.items()):
-        drawings = [
-            d
-            for d in drawings
-            if not any(
-                fnmatch.fnmatchcase(d["set"], s) and fnmatch.fnmatchcase(d["icon"], i)
-                for s, i in removed
-            )
-        ]
+        # a random part of the class, without wrong labels and near-duplicates
+        drawings = [d for d in drawings if not is_removed(d, removed)]
         random.Random(seed).shuffle(drawings)
         drawings = drawings[:pool]
-        keep = distinct_groups(
-            np.stack([d["thumb"] for d in drawings]), [d["group"] for d in drawings]
-        )
+        thumbs = np.stack([d["thumb"] for d in drawings])
+        keep = distinct_groups(thumbs, [d["group"] for d in drawings])
         drawings = [drawings[i] for i in keep]
-        wanted = dict(zip(("test", "val", "train", "spare"), (sizes[2], sizes[1], sizes[0], 0)))
-        for split, members in split_groups([d["group"] for d in drawings], wanted, seed).items():
+        # whole groups into splits; what a test set has too many of is spare
+        groups = [d["group"] for d in drawings]
+        for split, members in split_groups(groups, wanted, seed).items():
             chosen = members if split == "spare" else members[: wanted[split]]
             splits[split] += [(drawings[i], label) for i in chosen]
-            splits["spare"] += [
-                (drawings[i], label) for i in members[len(chosen) :] if split == "test"
-            ]
-        counts = {s: sum(k == label for _, k in splits[s]) for s in ("train", "val", "test")}
+            if split == "test":
+                splits["spare"] += [(drawings[i], label) for i in members[len(chosen) :]]
+        counts = {s: sum(k == label for _, k in splits[s]) for s in SPLITS}
         if counts["train"] < 16 or counts["val"] < 4 or counts["test"] < 20:
             print(f"  {task}: too few drawings of {name!r}: {len(drawings)} give {counts}")
     return splits
 
 
+def make_domains(splits, n_classes):
+    """Up to ten unseen drawings per class and style, and the outlines inverted.
+
+    -> {"outline": [(drawing, label, dark)], "solid": ..., ..., "dark": ...}.
+    """
+    by_style = defaultdict(list)
+    for d, label in splits["test"] + splits["spare"]:
+        by_style[stroke(d["style"]), label].append((d, label, False))
+    domains = {}
+    for style in ("outline", "solid", "two-tone", "colour"):
+        domains[style] = []
+        for label in range(n_classes):
+            domains[style] += by_style[style, label][:10]
+    domains["dark"] = [(d, label, True) for d, label, _ in domains["outline"]]
+    return domains
+
+
+def only_outlines(splits):
+    """The outline drawings of every split."""
+    outlines = {}
+    for s in SPLITS:
+        outlines[s] = [(d, label) for d, label in splits[s] if stroke(d["style"]) == "outline"]
+    return outlines
+
+
+# ---------------------------------------------------------------- files
+
 def png(picture, pixels=None, dark=False):
-    """A drawing as PNG bytes in few colours; pixels=10: as seen in 10 x 10 pixels; dark: inverted, as in dark mode."""
-    picture, out = 255 - picture if dark else picture, io.BytesIO()
+    """A drawing as PNG bytes in few colours.
+
+    pixels=10: as seen in 10 x 10 pixels. dark: inverted, as in dark mode.
+    """
+    picture = 255 - picture if dark else picture
     if pixels:
-        picture = np.asarray(
-            Image.fromarray(picture)
-            .resize((pixels, pixels), Image.BOX)
-            .resize((64, 64), Image.NEAREST)
-        )
+        small = Image.fromarray(picture).resize((pixels, pixels), Image.BOX)
+        picture = np.asarray(small.resize((64, 64), Image.NEAREST))
+    out = io.BytesIO()
     few_colours(picture).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def write(
-    task, folder, classnames, template, splits, domains=None, archive="images.zip", pixels=None
-):
-    """data/<task>/dataset.json and, unless it shares another task's, its archive of PNGs named <set>__<icon>.png."""
+def file_name(d, dark=False):
+    """<set>__<icon>.png, the name of a drawing's PNG in the archive."""
+    return f"{d['set']}__{d['icon']}{'__dark' if dark else ''}.png"
+
+
+def write_archive(path, splits, domains, pixels):
+    """All drawings of the splits and domains as a zip of PNGs."""
+    pictures = {}
+    for s in SPLITS:
+        for d, _ in splits[s]:
+            pictures[file_name(d)] = png(d["picture"], pixels)
+    for rows in domains.values():
+        for d, _, dark in rows:
+            pictures[file_name(d, dark)] = png(d["picture"], pixels, dark)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for key in sorted(pictures):
+            # a fixed date: the same archive every time
+            file.writestr(zipfile.ZipInfo(key, (2026, 1, 1, 0, 0, 0)), pictures[key])
+
+
+def write(task, folder, classnames, template, splits, domains=None, archive="images.zip",
+          pixels=None):
+    """data/<task>/dataset.json and, unless it shares another task's, its archive of PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = lambda d, dark=False: f"{d['set']}__{d['icon']}{'__dark' if dark else ''}.png"  # noqa: E731
     if "/" not in archive:
-        pictures = {
-            name(d): png(d["picture"], pixels)
-            for s in ("train", "val", "test")
-            for d, _ in splits[s]
-        }
-        for rows in (domains or {}).values():
-            pictures |= {name(d, dark): png(d["picture"], pixels, dark) for d, _, dark in rows}
-        with zipfile.ZipFile(folder / archive, "w", zipfile.ZIP_STORED) as file:
-            for key in sorted(pictures):
-                file.writestr(
-                    zipfile.ZipInfo(key, (2026, 1, 1, 0, 0, 0)), pictures[key]
-                )  # a fixed date: the same archive every time
-    data = {
-        "format": 1,
-        "name": task,
-        "template": template,
-        "classnames": classnames,
-        "images": archive,
-        "splits": {
-            s: [[name(d), label] for d, label in splits[s]] for s in ("train", "val", "test")
-        },
-    }
+        write_archive(folder / archive, splits, domains or {}, pixels)
+    data = {"format": 1, "name": task, "template": template, "classnames": classnames,
+            "images": archive, "splits": {}}
+    for s in SPLITS:
+        data["splits"][s] = [[file_name(d), label] for d, label in splits[s]]
+    counts = [f"{len(rows)} {s}" for s, rows in data["splits"].items()]
     if domains:
-        data["domains"] = {
-            key: [[name(d, dark), label] for d, label, dark in rows]
-            for key, rows in domains.items()
-        }
+        data["domains"] = {}
+        for key, rows in domains.items():
+            data["domains"][key] = [[file_name(d, dark), label] for d, label, dark in rows]
+            counts.append(f"{len(rows)} {key}")
+    # one image per line
     text = json.dumps(data, ensure_ascii=False)
-    (folder / "dataset.json").write_text(
-        text.replace('], ["', '],\n["').replace('": [[', '": [\n[') + "\n", encoding="utf-8"
-    )
-    print(
-        f"{task}: {len(classnames)} classes, "
-        + ", ".join(
-            f"{len(rows)} {s}" for s, rows in {**data["splits"], **data.get("domains", {})}.items()
-        )
-    )
+    text = text.replace('], ["', '],\n["').replace('": [[', '": [\n[')
+    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
+    print(f"{task}: {len(classnames)} classes, {', '.join(counts)}")
 
 
-def sheet(path, classnames, splits):
-    """Contact sheets: a row a class, every drawing that any split holds, numbered in the order of contact.tsv."""
+def sheet(path, classnames, splits, columns=34):
+    """Contact sheets of eight classes each: every drawing that any split holds, class below class.
+
+    A .tsv beside them gives the class, row, column, set, icon and style of every drawing.
+    """
     rows = defaultdict(list)
-    for split in ("train", "val", "test", "spare"):
+    for split in (*SPLITS, "spare"):
         for d, label in splits[split]:
             rows[label].append(d)
     lines = []
     for start in range(0, len(classnames), 8):
-        width = max(len(rows[k]) for k in range(start, min(start + 8, len(classnames))))
-        columns = 34
-        height = sum(
-            -(-len(rows[k]) // columns) for k in range(start, min(start + 8, len(classnames)))
-        )
-        canvas, y = Image.new("RGB", (columns * 48, height * 48), "white"), 0
-        for k in range(start, min(start + 8, len(classnames))):
+        labels = range(start, min(start + 8, len(classnames)))
+        width = max(len(rows[k]) for k in labels)
+        heights = {k: -(-len(rows[k]) // columns) for k in labels}  # rounded up
+        canvas = Image.new("RGB", (columns * 48, sum(heights.values()) * 48), "white")
+        y = 0
+        for k in labels:
             for n, d in enumerate(rows[k]):
-                canvas.paste(
-                    Image.fromarray(d["picture"]).convert("RGB").resize((44, 44)),
-                    (n % columns * 48, (y + n // columns) * 48),
-                )
-                lines.append(
-                    f"{classnames[k]}\t{n // columns}\t{n % columns}\t{d['set']}\t{d['icon']}\t{d['style']}"
-                )
-            y += -(-len(rows[k]) // columns)
+                row = n // columns
+                column = n % columns
+                small = Image.fromarray(d["picture"]).convert("RGB").resize((44, 44))
+                canvas.paste(small, (column * 48, (y + row) * 48))
+                fields = [classnames[k], row, column, d["set"], d["icon"], d["style"]]
+                lines.append("\t".join(map(str, fields)))
+            y += heights[k]
             print(f"   sheet {start // 8}: {classnames[k]} ends above row {y}", width)
         canvas.save(path.with_name(f"{path.name}_{start // 8}.png"))
     path.with_suffix(".tsv").write_text("\n".join(lines))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, default=HERE.parent)
     parser.add_argument("--sheets", type=Path)
@@ -330,35 +375,19 @@ def main():
         "actions": label_actions(drawings),
     }
     for task, classes in labelled.items():
-        splits, names = build(task, classes, removed, SIZES[task]), list(classes)
+        names = list(classes)
+        splits = build(task, classes, removed, SIZES[task])
         if args.sheets:
             args.sheets.mkdir(exist_ok=True)
             sheet(args.sheets / task, names, splits)
         if task != "objects":
             write(task, args.out / task, names, TEMPLATES[task], splits)
             continue
-        by_style, rng = defaultdict(list), random.Random(0)
-        for d, label in splits["test"] + splits["spare"]:
-            by_style[stroke(d["style"]), label].append((d, label, False))
-        domains = {
-            style: [row for label in range(len(names)) for row in by_style[style, label][:10]]
-            for style in ("outline", "solid", "two-tone", "colour")
-        }
-        domains["dark"] = [(d, label, True) for d, label, _ in domains["outline"]]
+        # the two views of the objects: outlines alone, and 10 x 10 pixels
+        domains = make_domains(splits, len(names))
         write(task, args.out / task, names, TEMPLATES[task], splits, domains)
-        outline = {
-            s: [(d, label) for d, label in splits[s] if stroke(d["style"]) == "outline"]
-            for s in ("train", "val", "test")
-        }
-        write(
-            "outlines",
-            args.out / "outlines",
-            names,
-            TEMPLATES[task],
-            outline,
-            domains,
-            archive=f"../{task}/images.zip",
-        )
+        write("outlines", args.out / "outlines", names, TEMPLATES[task], only_outlines(splits),
+              domains, archive=f"../{task}/images.zip")
         write("pixels", args.out / "pixels", names, TEMPLATES["pixels"], splits, pixels=10)
 
 
