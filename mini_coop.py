@@ -372,6 +372,7 @@ def load_clip(name="mini", device=None):
 
 def _read_checkpoint(name):
     """A path, or "mini", -> CLIP. TorchScript can hold code: only OpenAI's own is opened."""
+    shared_folder()  # a wrong MINI_COOP_ROOT is said at once
     path = data_folder() / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
     _check(path.is_file(), f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
            f"{', '.join(_MODELS)}, nor a file")

@@ -14,25 +14,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import check
+import mini_coop
 from features import cached_features, digest, effect, stamp
-from mini_coop import (
-    CoOp,
-    few_shot,
-    linear_probe,
-    load_clip,
-    load_dataset,
-    n_epochs,
-    sha256_of,
-    whole_file,
-    zero_shot_weights,
-)
+from mini_coop import CoOp, few_shot, linear_probe, sha256_of, whole_file, zero_shot_weights
 from options import arguments, run_folder, writable_folder
-from report import METHODS, average_table, figure, table
-
-# Hand-written templates, compared beside a data set's own; four are the paper's, of other data sets
-TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
-             "{} texture.", "a centered satellite photo of {}."]
-
+from report import METHODS, TEMPLATES, average_table, figure, table
 
 # ---------------------------------------------------------------- one data set's grid
 
@@ -50,9 +36,9 @@ class Grid:
     """One data set: which cells are finished, their features, and running them."""
 
     def __init__(self, model, preprocess, data, folder, args):
-        for part, split in (("training", data.train), ("test", data.test)):
-            if not split.images:
-                raise ValueError(f"{data.name} has no {part} images: the comparison needs both")
+        if not data.train.images or not data.test.images:
+            part = "test" if data.train.images else "training"
+            raise ValueError(f"{data.name} has no {part} images: the comparison needs both")
         self.model = model
         self.preprocess = preprocess
         self.data = data
@@ -152,7 +138,7 @@ class Grid:
         return todo
 
     def n_epochs(self, cell):
-        return self.epochs or n_epochs(cell.shots)
+        return self.epochs or mini_coop.n_epochs(cell.shots)
 
     def run(self, cell):
         train, val = self.picks[cell[1:]]
@@ -217,8 +203,7 @@ def one(model, preprocess, data, folder, args):
     if not data.val.images:
         print("no validation images: the linear probe, which chooses its C on them, is left out "
               "(for ImageNet the paper takes the C of Caltech101)")
-    grid = Grid(model, preprocess, data, folder, args)
-    result = grid.results()
+    result = Grid(model, preprocess, data, folder, args).results()
     settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where,
                 "torch": torch.__version__}
     result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), **result}
@@ -239,12 +224,12 @@ def main(argv=None):
     try:
         if args.check:
             sys.exit(0 if check.main(args.model, args.device) else 1)
-        datasets = [load_dataset(name) for name in args.dataset]
+        datasets = [mini_coop.load_dataset(name) for name in args.dataset]
         if len({data.name for data in datasets}) < len(datasets):
             raise ValueError("two data sets of the same name would be saved in one folder: rename "
                              "one, or run it with another --out")
         folders = [writable_folder(args, *pair) for pair in zip(datasets, args.dataset)]
-        model, preprocess = load_clip(args.model, args.device)
+        model, preprocess = mini_coop.load_clip(args.model, args.device)
         results = {}
         for data, folder in zip(datasets, folders):
             results[data.name] = one(model, preprocess, data, folder, args)

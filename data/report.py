@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from statistics import mean, pstdev
 
+# Hand-written templates, compared beside a data set's own; four are the paper's, of other data sets
+TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
+             "{} texture.", "a centered satellite photo of {}."]
 METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
 STYLES = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
           "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line

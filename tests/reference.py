@@ -1,7 +1,7 @@
-"""The published way to encode CoOp's prompts, for tests, the benchmark and notebook 2 to compare with.
+"""The published way to encode CoOp's prompts, shared by tests, the benchmark and notebook 2.
 
-Written from the paper: 77 tokens for every class, every class on its own, CLIP's own transformer and
-its own mask. Slow, and easy to check against section 3.2.
+Written from the paper: 77 tokens for every class, every class on its own, CLIP's own transformer
+and its own mask. Slow, and easy to check against section 3.2.
 """
 
 import clip
@@ -24,15 +24,15 @@ def reference_features(coop, classes=None, model=None):
     for k in range(len(coop.classnames)) if classes is None else classes:
         # "X X ... X name." is tokenised as the published code does it: M placeholders, name, period
         name = coop.classnames[k].replace("_", " ").strip()
-        tokens = (
-            clip.tokenize(" ".join(["X"] * M) + f" {name}.")[0].long().to(coop.ctx.device)
-        )  # (77,)
+        prompt = " ".join(["X"] * M) + f" {name}."
+        tokens = clip.tokenize(prompt)[0].long().to(coop.ctx.device)  # (77,)
         ends.append(int(tokens.argmax()))  # EOT has the largest id
         words = model.token_embedding(tokens)  # (77, D)
         ctx = (coop.ctx[k] if coop.class_specific else coop.ctx).to(words.dtype)  # (M, D)
         # the placeholders' embeddings are replaced by the context, before and after the name
         n = min(len(encode(name)), ends[-1] - M - 1)  # the name's tokens; EOT is none of them
-        start, own = words[:1], words[1 + M :]
+        start = words[:1]  # SOS
+        own = words[1 + M :]  # name, period, EOT, padding
         prompts.append(torch.cat([start, ctx[:before], own[:n], ctx[before:], own[n:]]))
     x = torch.stack(prompts) + model.positional_embedding.to(prompts[0].dtype)  # (K, 77, D)
     x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)

@@ -1,6 +1,8 @@
 """The pure-Python parts of data/build: names, captions, near-duplicates, splits."""
 
+import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -9,28 +11,23 @@ import pytest
 from mini_coop import DATA
 
 sys.path.insert(0, str(DATA / "build"))
+captions = pytest.importorskip("captions")
 icons = pytest.importorskip("icons")
 
 
-@pytest.mark.parametrize(
-    "prefix, icon, suffixes, expected",
-    [
-        ("ph", "umbrella-duotone", {"duotone"}, ("umbrella", "two-tone", "")),
-        ("ph", "umbrella-simple", {"duotone"}, ("umbrella simple", "", "")),
-        (
-            "mdi",
-            "border-line",
-            set(),
-            ("border line", "", ""),
-        ),  # no suffix of this set: part of the name
-        ("fluent", "add-circle-24-filled", {"filled"}, ("add circle", "solid", "24")),
-        ("icon-park", "filter-one", set(), ("filter", "", "")),
-        ("ic", "outline-alarm", set(), ("alarm", "outline", "")),
-        ("ic", "twotone-alarm", set(), ("alarm", None, "")),
-        ("solar", "card-2-bold-duotone", {"bold", "duotone"}, ("card", "two-tone", "")),
-        ("uis", "line", set(), ("line", "", "")),  # never the whole name
-    ],
-)
+# ---------------------------------------------------------------- names
+
+@pytest.mark.parametrize("prefix, icon, suffixes, expected", [
+    ("ph", "umbrella-duotone", {"duotone"}, ("umbrella", "two-tone", "")),
+    ("ph", "umbrella-simple", {"duotone"}, ("umbrella simple", "", "")),
+    ("mdi", "border-line", set(), ("border line", "", "")),  # no suffix of this set
+    ("fluent", "add-circle-24-filled", {"filled"}, ("add circle", "solid", "24")),
+    ("icon-park", "filter-one", set(), ("filter", "", "")),
+    ("ic", "outline-alarm", set(), ("alarm", "outline", "")),
+    ("ic", "twotone-alarm", set(), ("alarm", None, "")),
+    ("solar", "card-2-bold-duotone", {"bold", "duotone"}, ("card", "two-tone", "")),
+    ("uis", "line", set(), ("line", "", "")),  # never the whole name
+])
 def test_clean_name(prefix, icon, suffixes, expected):
     assert icons.clean_name(prefix, icon, suffixes) == expected
 
@@ -41,64 +38,142 @@ def test_style_suffixes_need_to_be_common():
 
 
 def test_select_keeps_one_size_and_leaves_out_brands_and_skin_tones():
-    others = [
-        f"{word}-24-{style}"
-        for word in ("ant", "bee", "cat", "dog")
-        for style in ("filled", "regular")
-    ]  # makes them style words
-    rows = icons.select(
-        "fluent",
-        [
-            "add-16-filled",
-            "add-24-filled",
-            "add-20-filled",
-            "add-24-regular",
-            "logo-github",
-            "acme",
-            "user-1",
-            *others,
-        ],
-        {"acme"},
-    )
+    others = []  # makes them style words
+    for word in ("ant", "bee", "cat", "dog"):
+        others += [f"{word}-24-filled", f"{word}-24-regular"]
+    sizes = ["add-16-filled", "add-24-filled", "add-20-filled", "add-24-regular"]
+    rows = icons.select("fluent", [*sizes, "logo-github", "acme", "user-1", *others], {"acme"})
     assert [row[0] for row in rows] == ["add-24-filled", "add-24-regular", "user-1", *others]
     assert [row[0] for row in icons.select("noto", ["woman", "woman-dark-skin-tone"])] == ["woman"]
 
 
-def test_captions_are_true_and_varied():
-    rng = random.Random(0)
-    captions = [icons.caption(rng, "umbrella", ["outline"]) for _ in range(2000)]
-    named = [c for c in captions if "umbrella" in c]
-    assert len(set(captions)) > 500 and 0.95 < len(named) / 2000 < 1
-    assert not any(
-        word in c
-        for c in captions
-        for word in ("solid", "filled", "photo", "thin", "red", " a umbrella")
-    )
-    assert 0.15 < sum(c.strip(".") == "umbrella" for c in captions) / 2000 < 0.25
-    far = [c.split().index(next(w for w in c.split() if w.startswith("umbrella"))) for c in named]
-    assert max(far) >= 17  # positions where a context of 16 vectors puts the name
-    assert any("red" in icons.caption(rng, "umbrella", ["solid"], "red") for _ in range(5))
-    assert icons.an("umbrella") == "an umbrella" and icons.an("key") == "a key"
+# ---------------------------------------------------------------- captions
 
+def many(n=2000, **options):
+    """n captions of an umbrella -> list of (text, told)."""
+    rng = random.Random(0)
+    options = {"name": "umbrella", "styles": ["outline"], **options}
+    return [captions.caption(rng, **options) for _ in range(n)]
+
+
+def says(text, words):
+    """Whether the text holds one of the words or phrases."""
+    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
+
+
+def test_captions_are_true_and_varied():
+    pairs = many()
+    texts = [text for text, _ in pairs]
+    assert len(set(texts)) > 200
+    assert 0.95 < sum("umbrella" in text for text in texts) / 2000 < 1
+    assert 0.1 < sum(text.strip(".") == "umbrella" for text in texts) / 2000 < 0.4
+    wrong = [*captions.COLOURS, *captions.INVERTED, "photo", "a umbrella", "a outline", "black"]
+    for style, words in captions.SYNONYMS.items():
+        wrong += words if style != "outline" else []
+    wrong = set(wrong) - set(captions.SYNONYMS["outline"])
+    assert not any(says(text, wrong) for text in texts)
+    assert captions.an("umbrella") == "an umbrella"
+    assert captions.an("key") == "a key"
+
+
+def test_told_is_what_the_text_claims():
+    outline = captions.SYNONYMS["outline"]
+    for text, told in many():
+        assert told <= {"name umbrella", "style outline"} and told
+        assert ("name umbrella" in told) == says(text, ["umbrella"])
+        assert ("style outline" in told) == says(text, outline), text
+    # of several styles, the one that is mentioned
+    seen = set()
+    for text, told in many(styles=["pixel", "two-tone"]):
+        for style in ("pixel", "two-tone"):
+            assert (f"style {style}" in told) == says(text, captions.SYNONYMS[style]), text
+        seen |= told
+    assert seen == {"name umbrella", "style pixel", "style two-tone"}
+    # an icon without a style has its name only
+    assert all(told == {"name umbrella"} for _, told in many(styles=[]))
+
+
+def test_colour_and_inversion_are_mentioned_when_asked_for():
+    for text, told in many(colour="red"):
+        assert "colour red" in told and says(text, ["red"])
+        assert ("style outline" in told) == says(text, captions.SYNONYMS["outline"]), text
+        assert "inverted" not in told
+    ends = tuple(pattern.format("") for pattern in captions.INVERTED)
+    for text, told in many(inverted=True):
+        assert "inverted" in told and text.rstrip(".").endswith(ends)
+    both = many(colour="red", inverted=True)
+    assert all({"colour red", "inverted"} <= told for _, told in both)
+
+
+def test_noise():
+    rng = random.Random(0)
+    filler = [5, 6, 7]
+    drawn = [captions.noise(rng, filler, n_tokens=1000) for _ in range(4000)]
+    noisy = [(before, after) for before, after in drawn if before or after]
+    assert 0.46 < len(noisy) / 4000 < 0.54
+    lengths = {len(before) + len(after) for before, after in noisy}
+    assert lengths == set(range(1, 20))  # more than the 16 vectors of a context
+    assert 0.71 < sum(not after for _, after in noisy) / len(noisy) < 0.79
+    tokens = []
+    for before, after in noisy:
+        assert not after or 0 <= len(after) - len(before) <= 1  # else around the caption
+        tokens += before + after
+    assert all(token in filler or 256 <= token < 1000 for token in tokens)
+    assert 0.37 < sum(token in filler for token in tokens) / len(tokens) < 0.43
+
+
+def test_true_of_by_hand():
+    known = [
+        {"name cat", "style outline"},  # image 0
+        {"name cat", "name kitten", "style solid", "colour red"},
+        {"name dog", "style solid", "inverted"},
+    ]
+    told = [
+        {"name cat"},  # caption 0
+        {"name cat", "style outline"},
+        {"style solid"},
+        {"name kitten", "colour red"},
+        {"name dog", "style outline"},  # true of no image
+        set(),  # claims nothing: true of all
+    ]
+    pairs = captions.true_of(told, known)
+    expected = [(0, 0), (1, 0), (0, 1), (1, 2), (2, 2), (1, 3), (0, 5), (1, 5), (2, 5)]
+    assert sorted(pairs) == sorted(expected)
+
+
+def test_read_tags(tmp_path):
+    """The four forms of files, as their packages publish them."""
+    lucide = {"a-arrow-down": ["letter", "Font Size", "up"], "cat": ["cat", "kitten"]}
+    tabler = {"cat": {"name": "cat", "tags": ["pet", 4, "svg"]},
+              "bell": {"name": "bell", "category": "System"}}
+    emojibase = [{"label": "grinning face", "tags": ["cheerful", "x" * 24]},
+                 {"label": "regional A"}]
+    mdi = [{"name": "cat", "aliases": ["feline"]}, {"name": "Home-Outline", "aliases": ["house"]}]
+    for file, data in zip(captions.TAG_FILES, (lucide, tabler, emojibase, mdi)):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(json.dumps(data))
+    assert captions.read_tags(tmp_path) == {
+        "a arrow down": ["font size", "letter"],  # "up" is too short
+        "cat": ["feline", "kitten", "pet"],  # from three files; neither itself nor "svg"
+        "grinning face": ["cheerful"],
+        "home outline": ["house"],
+    }
+
+
+# ---------------------------------------------------------------- drawings
 
 def drawing(seed):
-    return (
-        np.random.default_rng(seed)
-        .integers(0, 2, (8, 8))
-        .repeat(8, 0)
-        .repeat(8, 1)
-        .astype(np.uint8)
-        * 255
-    )
+    """Random black and white fields of 8 x 8 pixels."""
+    fields = np.random.default_rng(seed).integers(0, 2, (8, 8))
+    return fields.repeat(8, 0).repeat(8, 1).astype(np.uint8) * 255
 
 
 def test_near_duplicates():
-    a, b = np.stack([drawing(0), drawing(1)]), np.stack([drawing(1), drawing(2)])
+    a = np.stack([drawing(0), drawing(1)])
+    b = np.stack([drawing(1), drawing(2)])
     b[0, :3] = 128  # almost the same
-    assert icons.near_duplicates(icons.thumbnails(a), icons.thumbnails(b), 0.9).tolist() == [
-        False,
-        True,
-    ]
+    close = icons.near_duplicates(icons.thumbnails(a), icons.thumbnails(b), 0.9)
+    assert close.tolist() == [False, True]
     colour = np.repeat(a[..., None], 3, -1)
     assert np.allclose(icons.thumbnails(a), icons.thumbnails(colour), atol=1e-5)
     thumbs = icons.thumbnails(np.stack([drawing(0), drawing(0), drawing(1)]))
@@ -107,25 +182,20 @@ def test_near_duplicates():
 
 def test_split_groups_keeps_groups_together():
     groups = [("set", i // 3) for i in range(90)]
-    splits = icons.split_groups(groups, {"test": 20, "val": 4, "train": 16, "spare": 0}, seed=1)
-    assert sorted(i for part in splits.values() for i in part) == list(range(90))
+    sizes = {"test": 20, "val": 4, "train": 16, "spare": 0}
+    splits = icons.split_groups(groups, sizes, seed=1)
+    assert sorted(sum(splits.values(), [])) == list(range(90))
     owner = {}
     for name, members in splits.items():
         for i in members:
             assert owner.setdefault(groups[i], name) == name
     assert len(splits["test"]) >= 20 and len(splits["val"]) >= 4 and len(splits["train"]) >= 16
-    assert splits == icons.split_groups(
-        groups, {"test": 20, "val": 4, "train": 16, "spare": 0}, seed=1
-    )
+    assert splits == icons.split_groups(groups, sizes, seed=1)
 
 
 def test_the_hash_sees_a_drawing_again():
     gray = drawing(3)
-    assert (
-        icons.picture_hash(gray)
-        == icons.picture_hash(gray.copy())
-        != icons.picture_hash(drawing(4))
-    )
-    assert icons.picture_hash(gray) == icons.picture_hash(
-        np.asarray(icons.few_colours(gray).convert("L"))
-    )
+    digest = icons.picture_hash(gray)
+    assert digest == icons.picture_hash(gray.copy())
+    assert digest != icons.picture_hash(drawing(4))
+    assert digest == icons.picture_hash(np.asarray(icons.few_colours(gray).convert("L")))

@@ -1,8 +1,11 @@
 """load_clip: checkpoints of every kind, and what it refuses."""
 
 import hashlib
+import io
 import os
 import pickle
+import urllib.error
+import urllib.request
 import warnings
 
 import clip
@@ -20,82 +23,74 @@ CLIPS = {
 }
 
 
+class Holder(torch.nn.Module):
+    """A CLIP as OpenAI ships its weights: its state dict also holds three numbers."""
+
+    def __init__(self, model, resolution):
+        super().__init__()
+        self.register_buffer("input_resolution", torch.tensor(resolution))
+        self.register_buffer("context_length", torch.tensor(77))
+        self.register_buffer("vocab_size", torch.tensor(49408))
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name in ("positional_embedding", "text_projection", "logit_scale"):
+            setattr(self, name, getattr(model, name))
+
+    def forward(self, x):
+        return x
+
+
+def save_torchscript(model, resolution, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        holder = Holder(model, resolution)
+        torch.jit.save(torch.jit.trace(holder, torch.zeros(1), check_trace=False), path)
+
+
 @pytest.mark.parametrize("kind", CLIPS)
 @pytest.mark.parametrize("archive", [False, True])
 def test_load_clip_reads_state_dicts_and_torchscript(tmp_path, kind, archive, monkeypatch):
     model = clip.model.CLIP(*CLIPS[kind]).eval()  # real shapes, random weights
     clip.model.convert_weights(model)
     path = tmp_path / "model.pt"
-    if (
-        archive
-    ):  # as OpenAI ships its weights: a scripted module, whose state dict also holds three numbers
-
-        class Holder(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                for name, value in (
-                    ("input_resolution", CLIPS[kind][1]),
-                    ("context_length", 77),
-                    ("vocab_size", 49408),
-                ):
-                    self.register_buffer(name, torch.tensor(value))
-
-            def forward(self, x):
-                return x
-
-        holder = Holder()
-        for name, child in model.named_children():
-            holder.add_module(name, child)
-        for name in ("positional_embedding", "text_projection", "logit_scale"):
-            setattr(holder, name, getattr(model, name))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.jit.save(torch.jit.trace(holder, torch.zeros(1), check_trace=False), path)
-    else:
-        torch.save(model.state_dict(), path)
-    if archive:  # opened only because its hash is known; OpenAI's are
+    if archive:
+        save_torchscript(model, CLIPS[kind][1], path)
+        # opened only if its hash is known, as OpenAI's are
         with pytest.raises(ValueError, match="TorchScript that is not OpenAI's could run code"):
             load_clip(path, "cpu")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         monkeypatch.setitem(mini_coop._MODELS, "own", f"https://host/models/{digest}/own.pt")
+    else:
+        torch.save(model.state_dict(), path)
     loaded, preprocess = load_clip(str(path), "cpu")
-    assert (
-        all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
-        and not loaded.training
-    )
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
+    assert not loaded.training
     model = model.float()
     model.visual.to(memory_format=torch.channels_last)  # as load_clip does, for the same rounding
-    pixels, text = (
-        torch.randn(2, 3, *CLIPS[kind][1:2] * 2),
-        clip.tokenize(["a cat", "a dog in a tree"]),
-    )
+    pixels = torch.randn(2, 3, *CLIPS[kind][1:2] * 2)
+    text = clip.tokenize(["a cat", "a dog in a tree"])
     with torch.no_grad():
-        assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels)) and torch.equal(
-            loaded.encode_text(text), model.encode_text(text)
-        )
+        assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
+        assert torch.equal(loaded.encode_text(text), model.encode_text(text))
     assert preprocess.transforms[0].size == CLIPS[kind][1]
+    # trains on the text tower of that size
     coop = CoOp(loaded, ["cat", "dog"], 2, seed=1)
-    coop.fit(
-        torch.randn(2, CLIPS[kind][0]), [0, 1], epochs=1, progress=False
-    )  # trains on the text tower of that size
+    coop.fit(torch.randn(2, CLIPS[kind][0]), [0, 1], epochs=1, progress=False)
     assert coop.history_["loss"][0] > 0 and coop.ctx.isfinite().all()
     path.unlink()
 
 
 def test_load_clip_keeps_fp32_weights_to_the_bit(tiny, tmp_path):
     torch.save(tiny[0].state_dict(), tmp_path / "fp32.pt")
-    loaded = load_clip(tmp_path / "fp32.pt", "cpu")[0]
-    assert all(
-        torch.equal(value, loaded.state_dict()[key]) for key, value in tiny[0].state_dict().items()
-    )
+    loaded = load_clip(tmp_path / "fp32.pt", "cpu")[0].state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in tiny[0].state_dict().items())
 
 
 def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="neither 'mini', nor one of RN50"):
         load_clip("RN51")
-    (tmp_path / "cut.pt").write_bytes(
-        mini_coop.DATA.joinpath("mini_clip.pt").read_bytes()[:100_000]
-    )
+    whole = (mini_coop.DATA / "mini_clip.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:100_000])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     for file in ("cut.pt", "other.pt"):
         with pytest.raises(ValueError, match=f"{file} is no CLIP checkpoint"):
@@ -105,21 +100,15 @@ def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
             load_clip("mini", device)
 
     def offline(*args, **kwargs):
-        import urllib.error
-
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(clip, "load", offline)
-    with pytest.raises(
-        RuntimeError, match=r"no network.*clip.ViT-L-14-336px.pt.*'mini', which needs no download"
-    ):
+    message = r"no network.*clip.ViT-L-14-336px.pt.*'mini', which needs no download"
+    with pytest.raises(RuntimeError, match=message):
         load_clip("ViT-L/14@336px")
 
 
 def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
-    import io
-    import urllib.request
-
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/RN50.pt").write_bytes(b"half a download")
     monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path))
@@ -185,7 +174,8 @@ def test_a_damaged_mini_clip_is_noticed(tmp_path, monkeypatch):
 def test_a_root_that_does_not_exist_is_said_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path / "nowhere"))
     for load in (load_clip, lambda: mini_coop.load_dataset("styles")):
-        with pytest.raises(ValueError, match="MINI_COOP_ROOT is set to .*nowhere, which does not exist"):
+        message = "MINI_COOP_ROOT is set to .*nowhere, which does not exist"
+        with pytest.raises(ValueError, match=message):
             load()
 
 

@@ -86,7 +86,7 @@ def test_own_output_never_becomes_data(tmp_path, capsys, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file, not a folder")
     loaded = []
-    monkeypatch.setattr(grid, "load_clip", lambda *args: loaded.append(args))
+    monkeypatch.setattr(mini_coop, "load_clip", lambda *args: loaded.append(args))
     with pytest.raises(SystemExit) as stop:
         grid.main(["--dataset", "styles", "--out", str(tmp_path / "out"), *SMALL])
     assert stop.value.code == 2 and "out" in capsys.readouterr().err and loaded == []

@@ -238,7 +238,9 @@ def build(task, classes, removed, sizes, seed=0, pool=400):
             splits[split] += [(drawings[i], label) for i in chosen]
             if split == "test":
                 splits["spare"] += [(drawings[i], label) for i in members[len(chosen) :]]
-        counts = {s: sum(k == label for _, k in splits[s]) for s in SPLITS}
+        counts = {}
+        for s in SPLITS:
+            counts[s] = sum(k == label for _, k in splits[s])
         if counts["train"] < 16 or counts["val"] < 4 or counts["test"] < 20:
             print(f"  {task}: too few drawings of {name!r}: {len(drawings)} give {counts}")
     return splits

@@ -1,11 +1,12 @@
-"""Step 2: pre-trains the mini-CLIP on the drawn icons and their names; writes it in OpenAI's layout.
+"""Step 2: pre-trains the mini-CLIP on the drawn icons and their names; writes OpenAI's layout.
 
     python train.py --minutes 90 [--work work] [--out ../mini_clip.pt]
-    python train.py --minutes 90 --start ../mini_clip.pt    goes on from given weights
-    python train.py --evaluate ../mini_clip.pt    loss, and accuracy on held-out sets, of a checkpoint
+    python train.py --minutes 90 --start ../mini_clip.pt    starts from given weights
+    python train.py --evaluate ../mini_clip.pt    loss and held-out accuracy of a checkpoint
 
-The learning rate follows the time spent, so a run ends when you say, on any machine. A checkpoint is
-kept every five minutes and the same command resumes from it. What is printed is kept in train.log.
+The learning rate follows the time spent, so a run ends when you say, on any machine. A checkpoint
+is saved every five minutes, and the same command resumes from it. What is printed is also written
+to train.log.
 """
 import argparse
 import json
@@ -30,7 +31,8 @@ LR = 1e-3
 WEIGHT_DECAY = 0.05
 WARM_UP = 100  # steps
 EMA = 0.998  # decay per step of the average of the weights, which is what ships
-# Correlation with a held-out drawing from which a pre-training drawing is left out; chosen by looking.
+# A pre-training drawing that correlates more than this with a held-out one is left out; chosen by
+# looking at pairs.
 THRESHOLD = 0.95
 SOS = 49406
 EOT = 49407
@@ -161,7 +163,7 @@ class Icons:
         return torch.from_numpy(images).permute(0, 3, 1, 2), captions, true
 
     def _picture(self, rng, i):
-        """Drawing i -> (64, 64, 3) in [0, 1], the colour it was given ("" for none), inverted or not.
+        """Drawing i -> (64, 64, 3) in [0, 1], the colour it was given or "", inverted or not.
 
         A quarter of the black drawings get a colour, 8 % of all are inverted (dark mode).
         """
@@ -246,8 +248,11 @@ def encode_text(model, tokens):
 
 
 def contrastive_loss(model, batch, tokenizer, rng, device, half):
-    """CLIP's symmetric loss on one augmented batch; a caption that is true of another image too is no
-    negative for it. half: bfloat16 for the two encoders."""
+    """CLIP's symmetric loss on one augmented batch.
+
+    A caption that is also true of another image is no negative for it. half: bfloat16 for the two
+    encoders.
+    """
     images, captions, true = batch
     images = normalise(augment(images.to(device)))
     images = images.contiguous(memory_format=torch.channels_last)
@@ -265,8 +270,10 @@ def contrastive_loss(model, batch, tokenizer, rng, device, half):
 # ---------------------------------------------------------------- the yardstick
 
 class HeldOut:
-    """Top-1 among the most frequent names of the held-out sets, up to three drawings per name, drawn by
-    a fixed seed: the log's yardstick."""
+    """The log's yardstick: top-1 accuracy among the most frequent names of the held-out sets.
+
+    Up to three drawings per name, drawn with a fixed seed.
+    """
 
     def __init__(self, work, names=1000, each=3):
         by_name = {}
@@ -302,7 +309,7 @@ class HeldOut:
 # ---------------------------------------------------------------- the run
 
 class Run:
-    """Model, average of its weights, optimiser, and how far they are; kept in work/checkpoint.pt."""
+    """Model, average of its weights, optimiser and progress; saved in work/checkpoint.pt."""
 
     def __init__(self, work, device, start=None):
         torch.manual_seed(0)
@@ -377,7 +384,8 @@ def train(run, icons, held_out, tokenizer, minutes, half):
         start = time.perf_counter()
         cosine = 0.5 * (1 + math.cos(math.pi * run.spent / budget))
         lr = LR * min(1, (run.step + 1) / WARM_UP) * cosine
-        loss = contrastive_loss(run.model, icons.batch(rng, BATCH), tokenizer, rng, run.device, half)
+        batch = icons.batch(rng, BATCH)
+        loss = contrastive_loss(run.model, batch, tokenizer, rng, run.device, half)
         run.update(loss, lr)
         losses.append(loss.item())
         run.spent += time.perf_counter() - start

@@ -1,7 +1,7 @@
 """Cuts the exercises of every lesson out of its solutions, so that the two cannot drift.
 
-python notebooks/solutions/cut.py            writes them into the lessons; then run those lessons again
-python notebooks/solutions/cut.py --check    only compares, and fails where a lesson differs
+    python notebooks/solutions/cut.py            writes them into the lessons; run those again
+    python notebooks/solutions/cut.py --check    only compares, and fails where a lesson differs
 """
 
 import sys
@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def tagged(cell):
+    """Whether the cell belongs to an exercise."""
     return "exercise" in cell.metadata.get("tags", [])
 
 
@@ -22,22 +23,21 @@ def cut(solutions):
     cells = []
     for cell in filter(tagged, solutions.cells):
         above, mark, _ = cell.source.partition(MARK)
-        new = (
-            nbformat.v4.new_markdown_cell
-            if cell.cell_type == "markdown"
-            else nbformat.v4.new_code_cell
-        )
-        cells.append(
-            new(above + mark, id=f"exercise-{len(cells)}", metadata={"tags": ["exercise"]})
-        )
+        new_cell = nbformat.v4.new_code_cell
+        if cell.cell_type == "markdown":
+            new_cell = nbformat.v4.new_markdown_cell
+        name = f"exercise-{len(cells)}"
+        cells.append(new_cell(above + mark, id=name, metadata={"tags": ["exercise"]}))
     return cells
 
 
 def main(check):
+    """Names of the lessons that differ from their solutions; they are rewritten unless `check`."""
     drifted = []
     for path in sorted(HERE.glob("*.ipynb")):
         lesson_path = HERE.parent / path.name
-        lesson, new = nbformat.read(lesson_path, 4), cut(nbformat.read(path, 4))
+        lesson = nbformat.read(lesson_path, 4)
+        new = cut(nbformat.read(path, 4))
         old = [i for i, cell in enumerate(lesson.cells) if tagged(cell)]
         if [lesson.cells[i].source for i in old] != [cell.source for cell in new]:
             drifted.append(path.name)
@@ -45,10 +45,8 @@ def main(check):
             if not check:
                 nbformat.write(lesson, lesson_path)
     if drifted:
-        print(
-            ("differ from their solutions: " if check else "cut anew, run them again: ")
-            + ", ".join(drifted)
-        )
+        what = "differ from their solutions" if check else "cut anew, run them again"
+        print(f"{what}: {', '.join(drifted)}")
     return drifted
 
 
