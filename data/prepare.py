@@ -244,7 +244,7 @@ def imagenet_names(root):
     wnids = [row[0] for row in rows]
     if wnids != sorted(wnids):
         raise Unprepared(f"imagenet: the lines of {path} are not sorted by wnid, as labels and "
-                         f"ImageNetV2's folder numbers are. Sort them, or: {cure}")
+                         f"ImageNetV2's folder numbers are. {cure}, or sort its lines")
     return names
 
 
@@ -297,7 +297,9 @@ def check_counts(name, counts, expected, where):
 
 def check_images(name, source, folder, root, splits):
     """Raises Unprepared if an image that the split names is not there."""
-    paths = [row[0] for split in ("train", "val", "test") for row in splits[split]]
+    paths = []
+    for rows in splits.values():
+        paths += [row[0] for row in rows]
     missing = [path for path in paths if not (folder / path).is_file()]
     if not missing:
         return

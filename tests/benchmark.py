@@ -118,7 +118,7 @@ def text_step(model, model16, K, class_specific, repeats=3):
 
 
 def whole_training(model, model16, their_step):
-    """100 classes x 16 shots, 200 epochs: from a step, a batch of images and an epoch that is run."""
+    """100 classes x 16 shots, 200 epochs: from a step, a batch of images and one epoch's run."""
     device = model.text_projection.device
     images = torch.randn(32, 3, 224, 224, device=device)
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Training captions: an icon's name said in many ways, with style, colour and words that do not matter.
+"""Training captions: an icon's name said in many ways, with style, colour and idle words.
 
 Nothing here draws, trains or reads the network; `tests/test_build.py` covers this file.
 
-OpenAI's CLIP was trained on captions full of words that have nothing to do with the picture, and its
-text encoder looks past them. A CLIP that only ever saw "an icon of a cat" does not: sixteen
+OpenAI's CLIP was trained on captions full of words that have nothing to do with the picture, and
+its text encoder looks past them. A CLIP that only ever saw "an icon of a cat" does not: sixteen
 meaningless vectors in front of a name ruin its text feature. So half of our captions carry noise.
 """
 import json
@@ -102,8 +102,8 @@ def noise(rng, filler, n_tokens=49406):
 def true_of(told, known):
     """Which captions are true of which images -> list of (image, caption) pairs.
 
-    told: of each caption, what it claims. known: of each image, everything that is true of it, in the
-    same words. The loss must not push a caption away from an image that it describes.
+    told: of each caption, what it claims. known: of each image, everything that is true of it, in
+    the same words. The loss must not push a caption away from an image that it describes.
     """
     holders = defaultdict(set)
     for image, facts in enumerate(known):

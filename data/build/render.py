@@ -18,19 +18,23 @@ import numpy as np
 from icons import HERE, read_sets, select
 
 MARGIN = 0.03  # of the icon's size, on every side
+RENDERER = "@resvg/resvg-js@2.6.2"
+# Packages whose tags captions.py reads; their licences are on the data card
+TAGS = ["lucide-static@1.62.0", "@tabler/icons@3.52.0", "emojibase-data@17.0.0",
+        "@mdi/svg@7.4.47"]
 
 
 def fetch(work, sets):
-    """npm packages of the sets at their pinned versions, and the renderer.
+    """npm packages at their pinned versions: the sets, the renderer, and words for icons' names.
 
     No install scripts are run.
     """
-    missing = [s for s in sets if not (work / f"node_modules/@iconify-json/{s['set']}").is_dir()]
-    if not missing and (work / "node_modules/@resvg/resvg-js").is_dir():
+    packages = [f"@iconify-json/{s['set']}@{s['version']}" for s in sets] + [RENDERER, *TAGS]
+    names = [package.rpartition("@")[0] for package in packages]
+    if all((work / "node_modules" / name).is_dir() for name in names):
         return
     work.mkdir(parents=True, exist_ok=True)
-    packages = [f"@iconify-json/{s['set']}@{s['version']}" for s in missing]
-    packages.append("@resvg/resvg-js@2.6.2")
+    # all at once: npm removes what it is not told of
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--no-save",
                "--prefix", ".", *packages]
     subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
