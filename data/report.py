@@ -83,7 +83,8 @@ def table(result, name):
     theirs = published(settings, "zero-shot").get("0", {})
     if name in theirs:
         lines.append(line("  the paper, declared template", [theirs[name]]))
-    lines += ["", "few-shot, mean ± std over seeds", line("shots", shots)]
+    lines += ["", "few-shot, mean ± standard deviation over seeds (the population's)"]
+    lines.append(line("shots", shots))
     for method, row in few.items():
         lines.append(line(method, [spelled(row[n]) for n in shots]))
         theirs = published(settings, method)

@@ -6,6 +6,7 @@ The 77-token way, zero-shot CLIP, closed forms.
 import copy
 import math
 import os
+import threading
 
 import clip
 import numpy as np
@@ -259,6 +260,25 @@ def test_save_and_load(tiny, tmp_path, class_specific):
     else:
         other = CoOp.load(tmp_path / "ctx.pt", tiny[0], ["fox", "hen"])
         assert torch.equal(other.ctx, coop.ctx) and other.predict(features).max() <= 1
+
+
+def test_a_class_specific_context_wants_its_classes_in_this_order(tiny, tmp_path):
+    CoOp(tiny[0], ["cat", "dog"], 2, class_specific=True).save(tmp_path / "ctx.pt")
+    assert CoOp.load(tmp_path / "ctx.pt", tiny[0], ["cat", "dog"]).class_specific
+    with pytest.raises(ValueError, match="learned for, in this order"):
+        CoOp.load(tmp_path / "ctx.pt", tiny[0], ["dog", "cat"])
+
+
+def test_two_threads_save_without_disturbing_each_other(tiny, tmp_path):
+    coops = [CoOp(tiny[0], ["cat", "dog"], 2, seed=seed) for seed in range(8)]
+    threads = [threading.Thread(target=coop.save, args=(tmp_path / "ctx.pt",)) for coop in coops]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = CoOp.load(tmp_path / "ctx.pt", tiny[0])  # whole, whichever came last
+    assert any(torch.equal(found.ctx, coop.ctx) for coop in coops)
+    assert os.listdir(tmp_path) == ["ctx.pt"]
 
 
 def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
