@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from icons import HERE, read_sets
 from mini_coop import load_dataset, open_image
 
-TASKS = ["objects", "pixels", "styles", "designers", "actions"]
+TASKS = ["objects", "pixels", "styles", "designers", "actions", "things"]
 MARK = "<!-- sets: made by data/build/card.py -->\n"
 
 

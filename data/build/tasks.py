@@ -93,6 +93,7 @@ TEMPLATES = {
     "styles": "{} style.",
     "designers": "an icon by {}.",
     "actions": "an icon of {}.",
+    "things": "an icon of a {}.",
 }
 # Drawings per class: train, val, test.
 SIZES = {
@@ -100,6 +101,7 @@ SIZES = {
     "styles": (24, 6, 40),
     "designers": (24, 6, 40),
     "actions": (24, 6, 30),
+    "things": (16, 4, 10),
 }
 SPLITS = ("train", "val", "test")
 
@@ -152,14 +154,20 @@ def stroke(style):
     return "outline" if style in ("thin", "bold") else style
 
 
-def label_objects(drawings):
-    """What is drawn, by the patterns of concepts.tsv."""
-    result = {}
-    for line in (HERE / "concepts.tsv").read_text().splitlines():
-        concept, pattern = line.split("\t")
-        pattern = re.compile(pattern)
-        result[concept] = [d for d in drawings if pattern.fullmatch(d["name"])]
-    return result
+def label_by_name(drawings, file):
+    """The classes of a .tsv of names and patterns: drawings whose whole name fits the pattern."""
+    labelled = {}
+    for line in (HERE / file).read_text().splitlines():
+        name, pattern = line.split("\t")
+        fits = re.compile(pattern).fullmatch
+        labelled[name] = [d for d in drawings if fits(d["name"])]
+    return labelled
+
+
+def label_things(drawings):
+    """The many-class task: the concepts of `objects` and as many things again."""
+    things = label_by_name(drawings, "concepts.tsv") | label_by_name(drawings, "things.tsv")
+    return dict(sorted(things.items()))
 
 
 def generic(some, drawings):
@@ -219,7 +227,9 @@ def build(task, classes, removed, sizes, seed=0, pool=400):
 
     spare: what no split of them needs.
     """
-    removed = [row for row in removed if row["task"] == task]
+    # what is no clock among the objects is none among the things either
+    of_tasks = (task, "objects") if task == "things" else (task,)
+    removed = [row for row in removed if row["task"] in of_tasks]
     # the order in which split_groups fills them
     wanted = {"test": sizes[2], "val": sizes[1], "train": sizes[0], "spare": 0}
     splits = defaultdict(list)
@@ -371,10 +381,11 @@ def main():
         removed = list(csv.DictReader(file, delimiter="\t"))
     drawings = held_out(args.work)
     labelled = {
-        "objects": label_objects(drawings),
+        "objects": label_by_name(drawings, "concepts.tsv"),
         "styles": label_styles(drawings),
         "designers": label_designers(drawings),
         "actions": label_actions(drawings),
+        "things": label_things(drawings),
     }
     for task, classes in labelled.items():
         names = list(classes)
