@@ -16,6 +16,7 @@ D text width, E joint embedding; on the text side R rows of L tokens that begin 
 import hashlib
 import json
 import math
+import numbers
 import operator
 import os
 import random
@@ -25,7 +26,7 @@ import threading
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +71,11 @@ def _whole(name, value, least=1):
     _check(number is not None and not isinstance(value, bool) and least <= number < 2**63,
            f"{name} must be a whole number of {least} or more, not {value!r}")
     return number
+
+
+def _array(values):
+    """A tensor on any device, a list or a pandas Series as a NumPy array."""
+    return np.asarray(values.cpu() if torch.is_tensor(values) else values)
 
 
 def _check_images(images):
@@ -117,11 +123,14 @@ def whole_file(path):
 
 
 @lru_cache(maxsize=16)
-def _archive(path, changed):
-    """The zip archive at `path`, kept open. changed: its modification time, so that a rewritten
-    file is opened anew."""
+def _opened(path, changed, process):
+    return zipfile.ZipFile(path)
+
+
+def _archive(path):
+    """The zip archive at `path`, kept open by each process; a rewritten file is opened anew."""
     try:
-        return zipfile.ZipFile(path)
+        return _opened(path, path.stat().st_mtime_ns, os.getpid())
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} is no zip archive, or is damaged ({error})") from error
 
@@ -196,7 +205,7 @@ def _read_json(folder):
                          f"{error}") from error
     inside = set()
     if root.is_file():  # an archive
-        inside = {root / name for name in _archive(root, root.stat().st_mtime_ns).namelist()}
+        inside = {root / name for name in _archive(root).namelist()}
     for part, (images, labels) in splits.items():
         lost = [image for image in images if image not in inside and not image.is_file()]
         if lost:
@@ -216,8 +225,9 @@ def _read_folders(root):
 
     def images_of(folder):  # nothing hidden; none where there is no such folder
         paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-        return sorted(path for path in paths
-                      if not re.search(r"(^|/)(\.|__MACOSX)", path.relative_to(root).as_posix()))
+        hidden = re.compile(r"(^|/)(\.|__MACOSX)")
+        return sorted(path for path in paths if path.is_file()
+                      and not hidden.search(path.relative_to(root).as_posix()))
 
     def classes_of(folder):
         return {sub.name for sub in folder.glob("*") if sub.is_dir() and images_of(sub)}
@@ -239,6 +249,13 @@ def _read_folders(root):
         for split, images in zip(splits, dealt):
             split.images.extend(images)
             split.labels.extend([label] * len(images))
+    empty = []  # folders that hold something, but no images
+    for top in [root / part for part in parts] if below else [root]:
+        others = [sub for sub in top.glob("[!._]*") if sub.is_dir() and sub.name not in classes]
+        empty += [sub.name for sub in others if any(sub.iterdir())]
+    if empty:
+        warnings.warn(f"{root}: no images in {', '.join(sorted(empty)[:5])} (read are "
+                      f"{', '.join(sorted(IMAGE_SUFFIXES))}): left out", stacklevel=3)
     if below and tops - set(parts):
         warnings.warn(f"{root}: beside train, val and test these folders are not read: "
                       + ", ".join(sorted(tops - set(parts))[:5]), stacklevel=3)
@@ -261,7 +278,7 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 
     def draw(labels, n, kind):
         members = {}  # classes in the order of first appearance, on which the sample depends
-        for index, label in enumerate(np.asarray(labels).tolist()):
+        for index, label in enumerate(_array(labels).tolist()):
             members.setdefault(label, []).append(index)
         if short := {label: len(own) for label, own in members.items() if len(own) < n}:
             some = dict(list(short.items())[:5])
@@ -281,20 +298,20 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 def open_image(image):
     """An RGB image from a path, from inside an archive (`images.zip/name.png`) or a PIL image.
 
-    Upright by its EXIF tag, transparent parts white, deeper than 8 bits scaled to 8.
+    Upright by its EXIF tag, transparent parts white; 16 bits, and floats up to 1 or 255, become 8.
     """
     _check_images([image])
     if not isinstance(image, Image.Image):
         path = Path(image).expanduser()
         # a path that leads through a file leads into an archive
         if archive := next((folder for folder in path.parents if folder.is_file()), None):
-            opened = _archive(archive, archive.stat().st_mtime_ns)
-            path = opened.open(path.relative_to(archive).as_posix())
+            path = _archive(archive).open(path.relative_to(archive).as_posix())
         image = Image.open(path)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # PIL itself would cut these off at 255
         values = np.asarray(image, np.float64)
-        largest = 65535 if image.mode[0] == "I" else max(1, values.max())
+        _check(np.isfinite(values).all(), "an image with values that are NaN or infinite")
+        largest = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
         image = Image.fromarray((values * (255 / largest)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -321,8 +338,7 @@ def _random_view(image, n_px, rng):
 
 
 def _pixels(image, preprocess, views, n_px, key):
-    """An image -> pixels (A, 3, n_px, n_px), of views that `key` draws if A > 1."""
-    image = open_image(image)
+    """An RGB image -> pixels (A, 3, n_px, n_px), of views that `key` draws if A > 1."""
     if views == 1:
         return preprocess(image)[None].float()
     rng = random.Random(os.fsencode(key))  # a file name need not be UTF-8
@@ -391,6 +407,8 @@ def _read_checkpoint(name):
         model = clip.model.build_model(dict(state)).float()
         # build_model went through float16: put the exact values back
         model.load_state_dict({key: state[key] for key in model.state_dict()})
+        finite = all(weight.isfinite().all() for weight in model.parameters())
+        _check(finite, "some weights are NaN or infinite")
         return model
     except Exception as error:  # a file that is no checkpoint can raise anything
         raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged: "
@@ -400,6 +418,20 @@ def _read_checkpoint(name):
 def _reason(error):
     """What torch says of a bad file, without its advice to switch the protection off."""
     return f"{type(error).__name__}: {str(error).partition('weights_only')[0].strip()[:300]}"
+
+
+def _check_encoded(features, images, unreadable):
+    """NaN is a warning where the image could not be read, else an error."""
+    bad = (~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    bad = set(bad) - set(unreadable)
+    if bad:
+        raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
+                           "are its weights damaged, or in half precision?")
+    if unreadable:
+        some = "; ".join(unreadable[i] for i in sorted(unreadable)[:3])
+        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of "
+                      f"NaN: {some}. keep = features.isfinite().flatten(1).all(1) selects the "
+                      "others", stacklevel=4)
 
 
 @torch.no_grad()
@@ -419,6 +451,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     views = _whole("views", views)
     batch_size = max(1, _whole("batch_size", batch_size) // views)
     seed = _whole("seed", seed, least=0)
+    workers = os.cpu_count() if workers is None else _whole("workers", workers)
     n_px = model.visual.input_resolution
     device = model.text_projection.device
     names = list(range(len(images)))  # views depend on a file's name, or a PIL image's place
@@ -426,17 +459,20 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
         if not isinstance(image, Image.Image):
             names[i] = Path(image).name
     unreadable = {}
+    opening = threading.Lock()  # a PIL image must not be read by two threads at once
 
     def pixels_of(i):
         try:
-            return _pixels(images[i], preprocess, views, n_px, f"{seed} {names[i]}")
+            with opening if isinstance(images[i], Image.Image) else nullcontext():
+                image = open_image(images[i])
         except Exception as error:  # broken files and archives raise anything
             unreadable[i] = f"{images[i]} ({error})"
             return torch.full((views, 3, n_px, n_px), math.nan)
+        return _pixels(image, preprocess, views, n_px, f"{seed} {names[i]}")
 
     features = []
     bar = tqdm(total=len(images), desc="encoding images", disable=not progress, leave=False)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as threads, bar:
+    with ThreadPoolExecutor(workers) as threads, bar:
         for batch in torch.arange(len(images)).split(batch_size):
             pixels = torch.cat(list(threads.map(pixels_of, batch.tolist())))
             with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
@@ -444,15 +480,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
             features.append(x.unflatten(0, (-1, views)))  # (B, A, E)
             bar.update(len(batch))
     features = torch.cat(features)
-    bad = set((~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()) - set(unreadable)
-    if bad:
-        raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
-                           "are its weights damaged, or in half precision?")
-    if unreadable:
-        some = "; ".join(unreadable[i] for i in sorted(unreadable)[:3])
-        warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of "
-                      f"NaN: {some}. keep = features.isfinite().flatten(1).all(1) selects the "
-                      "others", stacklevel=3)
+    _check_encoded(features, images, unreadable)
     return features if views > 1 else features[:, 0]
 
 
@@ -488,6 +516,8 @@ def _prompt(model, tokens, text):
 
 
 def _check_clip(model):
+    _check(isinstance(model, torch.nn.Module), f"a CLIP is needed, not a {type(model).__name__}: "
+           "model, preprocess = load_clip()")
     wrong = [p for p in model.parameters() if p.requires_grad or p.dtype != torch.float32]
     _check(not wrong and not model.training, "CLIP must be frozen, in eval mode and in float32, as "
            "load_clip gives it: call model.float().eval().requires_grad_(False)")
@@ -521,7 +551,7 @@ def _features(coop, features, views=False):
 def _labels(coop, labels, N):
     """Labels (N,) as int64 on the context's device, or one clear error."""
     K = len(coop.classnames)
-    y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+    y = _array(labels)
     _check(y.dtype.kind in "iu" and y.shape == (N,), f"labels must be {N} integers, the places of "
            f"the classes, one per image, not {y.dtype} {y.shape}")
     y = torch.as_tensor(y.astype(np.int64), device=coop.ctx.device)
@@ -535,7 +565,7 @@ def _recipe(labels, epochs, lr, batch_size):
     if epochs is None:
         epochs = n_epochs(int(labels.bincount().max()))
     epochs = _whole("epochs", epochs, least=0)
-    _check(isinstance(lr, (int, float)) and lr is not True and 0 <= lr < math.inf,
+    _check(isinstance(lr, numbers.Real) and lr is not True and 0 <= lr < math.inf,
            f"lr must be a number of 0 or more, not {lr!r}")
     return epochs, min(_whole("batch_size", batch_size), len(labels))
 
@@ -552,7 +582,7 @@ def _recipe(labels, epochs, lr, batch_size):
 # A token sees the trunk and what stands before it in its own branch. Many prompts fill several
 # rows, each with a copy of the trunk: a batch like any other. This is exact, gradients too.
 
-def pack(prompts, device, row=128):
+def pack(prompts, device, row=256):
     """K prompts, lists of token ids -> (tokens (R, L), position (R, L), visible (R, 1, L, L), eot).
 
     visible: True where a token (row) sees another one (column). eot (K,): where the last token of
@@ -655,7 +685,7 @@ def linear_probe(train, train_labels, val, val_labels):
     from sklearn.exceptions import ConvergenceWarning  # here, as it takes a second to import
     from sklearn.linear_model import LogisticRegression
     data = (train, train_labels, val, val_labels)
-    x, y, x_val, y_val = (torch.as_tensor(part).cpu().numpy() for part in data)
+    x, y, x_val, y_val = (_array(part) for part in data)
 
     def fitted(log_C):
         probe = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(x, y)
@@ -817,8 +847,8 @@ class CoOp(torch.nn.Module):
                 self._note(torch.stack(losses), torch.cat(hits), optimizer.param_groups[0]["lr"])
         except KeyboardInterrupt:
             self.interrupted_ = True
-            print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs: the context "
-                  "learned so far is kept", file=sys.stderr)
+            print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs",
+                  file=sys.stderr)
         optimizer.zero_grad()
         return self
 
@@ -835,6 +865,7 @@ class CoOp(torch.nn.Module):
     @torch.no_grad()
     def predict_proba(self, image_features):
         """Class probabilities (N, K) of image features (N, E), equation 1."""
+        _check(self.ctx.isfinite().all(), "the context holds NaN or infinity: train it anew")
         return self(_features(self, image_features)).softmax(1)
 
     def predict(self, image_features):
@@ -871,8 +902,8 @@ class CoOp(torch.nn.Module):
         state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "seed": self.seed,
                  "classnames": list(map(str, self.classnames)),
                  "class_specific": self.class_specific, "class_position": self.class_position,
-                 "text_encoder": sha256_of(self.clip_model.state_dict(), "visual."),
-                 "sha256": sha256_of(self.state_dict())}
+                 "text_encoder": sha256_of(self.clip_model.state_dict(), "visual.")}
+        state["sha256"] = _seal(state)
         with whole_file(path) as file:
             torch.save(state, file)
 
@@ -886,8 +917,8 @@ class CoOp(torch.nn.Module):
                 state = torch.load(file, "cpu", weights_only=True)
                 _check(state.get("format") == "mini-coop 1", "not written by CoOp.save")
                 ctx = state["ctx"]
-                known = state.get("sha256") in (None, sha256_of({"ctx": ctx}))
-                _check(known and ctx.isfinite().all(), "its numbers are not those that were saved")
+                _check(state.get("sha256") in (None, _seal(state)) and ctx.isfinite().all(),
+                       "it does not hold what was saved")
                 options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
                 names = state["classnames"] if classnames is None else classnames
                 learned_with = state["text_encoder"]
@@ -900,8 +931,16 @@ class CoOp(torch.nn.Module):
         _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
                f"{path} is class-specific: it serves only the {len(ctx)} classes that it was "
                "learned for, in this order")
+        _check(coop.ctx.shape == ctx.shape, f"{path} holds a context of shape {tuple(ctx.shape)} "
+               f"instead of {tuple(coop.ctx.shape)}")
         coop.ctx.data.copy_(ctx)
         return coop
+
+
+def _seal(state):
+    """The SHA-256 of a saved context and its settings."""
+    settings = [(key, state[key]) for key in sorted(state) if key not in ("ctx", "sha256")]
+    return hashlib.sha256(f"{sha256_of({'ctx': state['ctx']})} {settings}".encode()).hexdigest()
 
 
 if __name__ == "__main__":  # the main job

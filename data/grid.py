@@ -1,12 +1,13 @@
 """The main job, `python mini_coop.py`: zero-shot, linear probe and CoOp over shots and seeds.
 
-Prints its plan and its tables; saves a figure, a JSON with every figure and setting, and the
-contexts. A cell of the grid (a method, a number of shots, a seed) that is finished is kept and not
-run again, so the same command resumes after an interruption.
+A cell of the grid (a method, a number of shots, a seed) that is finished is kept and not run again,
+so the same command resumes after an interruption.
 """
+import hashlib
 import json
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import mini_coop
 from features import cached_features, digest, effect, stamp
 from mini_coop import CoOp, few_shot, linear_probe, sha256_of, whole_file, zero_shot_weights
 from options import arguments, run_folder, writable_folder
-from report import METHODS, TEMPLATES, average_table, figure, table
+from report import METHODS, TEMPLATES, average_table, figure, save
 
 # ---------------------------------------------------------------- one data set's grid
 
@@ -55,28 +56,34 @@ class Grid:
             for seed in args.seeds:
                 self.picks[n, seed] = few_shot(data.train.labels, n, seed, data.val.labels)
                 self.cells += [Cell(method, n, seed) for method in self.methods]
-        images = []
-        for split in (data.train, data.val, *self.tests.values()):
-            images += [split.labels, *map(stamp, split.images)]
         options = args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views
-        self.key = digest(sha256_of(model.state_dict()), effect(preprocess), data.classnames,
-                          images, options)
+        key = [sha256_of(model.state_dict()), effect(preprocess), data.classnames, options]
+        for split in (data.train, data.val, *self.tests.values()):
+            key += [split.labels, *map(stamp, split.images)]
+        self.key = digest(key)
 
     def finished(self, cell):
         """A finished cell's accuracies {split: %}, or None."""
         try:
             kept = json.loads(cell.path(self.folder, ".json").read_text())
-            whole = cell.method == "linear probe" or cell.path(self.folder, ".pt").is_file()
-            return kept["accuracy"] if kept["key"] == self.key and whole else None
+            whole = kept["key"] == self.key and kept["context"] == self.context_hash(cell)
+            return kept["accuracy"] if whole else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def context_hash(self, cell):
+        """SHA-256 of a cell's saved context; the probe saves none."""
+        file = cell.path(self.folder, ".pt")
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
     def keep(self, cell, accuracy, coop=None):
         cell.path(self.folder, ".json").unlink(missing_ok=True)  # no old result, new context
         if coop is not None:
             coop.save(cell.path(self.folder, ".pt"))
         with whole_file(cell.path(self.folder, ".json")) as file:
-            file.write(json.dumps({"key": self.key, "accuracy": accuracy}).encode())
+            kept = {"key": self.key, "context": self.context_hash(cell), "accuracy": accuracy}
+            file.write(json.dumps(kept).encode())
+        return accuracy
 
     def encode(self, split, indices, views=1):
         """{index: features} of those images that can be read; kept in <folder>/features."""
@@ -123,6 +130,10 @@ class Grid:
             if cell.method != "linear probe":
                 steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
         n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
+        if other := sum(cell.path(self.folder, ".json").exists() for cell in todo):
+            print(f"{other} cells there are of other images or weights, or damaged: run again")
+        for method in {cell.method for cell in todo} - {"linear probe"}:
+            self.new_coop(Cell(method, 1, 0))  # names and options that do not fit are said now
         print(f"plan: {len(todo)} of {len(self.cells)} cells are to be run, {steps:,} training "
               f"steps, {n_images:,} images", flush=True)
         self.train = self.encode(self.data.train, sorted(train))
@@ -151,16 +162,18 @@ class Grid:
 
             def scores(x):
                 return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
-            self.keep(cell, self.accuracies(scores))
-            return
-        args = self.args
-        coop = CoOp(self.model, self.data.classnames, args.n_ctx, cell.method.endswith("specific"),
-                    args.class_position, args.ctx_init, cell.seed)
+            return self.keep(cell, self.accuracies(scores))
+        coop = self.new_coop(cell)
         features = self.gather(self.data.train, self.views, train)
         coop.fit(*features, self.n_epochs(cell), progress=False)
         if coop.interrupted_:
             raise KeyboardInterrupt  # a half-learned context is no result
-        self.keep(cell, self.accuracies(coop.predict_proba), coop)
+        return self.keep(cell, self.accuracies(coop.predict_proba), coop)
+
+    def new_coop(self, cell):
+        args = self.args
+        return CoOp(self.model, self.data.classnames, args.n_ctx, cell.method.endswith("specific"),
+                    args.class_position, args.ctx_init, cell.seed)
 
     def zero_shot(self):
         """{template: {split: %}} of the declared template, the others and their ensemble."""
@@ -174,17 +187,17 @@ class Grid:
     def results(self):
         """Runs what is not finished; returns what results.json holds, accuracies in %."""
         todo = self.plan()
+        done = {cell: self.finished(cell) for cell in self.cells}
         zero_shot = self.zero_shot()
         bar = tqdm(todo, desc=self.data.name, disable=not todo)
         for cell in bar:
             bar.set_postfix_str(f"{cell.method}, {cell.shots} shots, seed {cell.seed}")
-            self.run(cell)
+            done[cell] = self.run(cell)
         few = {}
         for method in self.methods:
             few[method] = {}
             for n in self.args.shots:
-                cells = [Cell(method, n, seed) for seed in self.args.seeds]
-                few[method][str(n)] = [self.finished(cell) for cell in cells]
+                few[method][str(n)] = [done[Cell(method, n, seed)] for seed in self.args.seeds]
         return {"template": self.data.template, "zero_shot": zero_shot, "few_shot": few,
                 "images_left_out": sorted(self.left_out)}
 
@@ -195,9 +208,8 @@ def one(model, preprocess, data, folder, args):
     """Runs one data set's grid; prints its tables, saves results.json and figure.png."""
     start = time.perf_counter()
     device = model.text_projection.device
-    where = f"{device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; "
           f"CLIP {args.model} on {where}", flush=True)
     if not data.val.images:
@@ -207,13 +219,7 @@ def one(model, preprocess, data, folder, args):
     settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where,
                 "torch": torch.__version__}
     result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), **result}
-    if (folder / "results.json").exists():
-        print("results.json and figure.png are replaced; finished cells of other grids are kept")
-    with whole_file(folder / "results.json") as file:
-        file.write(json.dumps(result, indent=1).encode())
-    figure({data.name: result}, f"CLIP {args.model}", folder / "figure.png")
-    print(f"\n{table(result, data.name)}\n\n{result['seconds']:.0f} s. Saved in {folder}: "
-          "results.json, figure.png and the contexts")
+    save(result, data.name, folder)
     return result
 
 
@@ -234,7 +240,7 @@ def main(argv=None):
         for data, folder in zip(datasets, folders):
             results[data.name] = one(model, preprocess, data, folder, args)
         if len(results) > 1:
-            path = run_folder(args.out, args, "figure").with_suffix(".png")
+            path = Path(f"{run_folder(args.out, args, 'figure')}.png")
             figure(results, f"CLIP {args.model}", path)
             print(f"\n{average_table(results)}\n\nThe figure of all data sets: {path}")
     except (ValueError, OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """The command line of the main job, and the folder in which each setting saves its results."""
 import argparse
+import tempfile
 from pathlib import Path
-
-from mini_coop import whole_file
+from urllib.parse import quote
 
 
 def arguments(argv):
@@ -47,7 +47,7 @@ def run_folder(out, args, name):
     parts = [model, name]
     parts += [f"M{args.n_ctx}"] if args.n_ctx != 16 and not args.ctx_init else []
     parts += [args.class_position] if args.class_position != "end" else []
-    parts += [args.ctx_init.replace(" ", "-")] if args.ctx_init else []
+    parts += [f"init-{quote(args.ctx_init, safe='')}"] if args.ctx_init else []
     parts += [f"{args.epochs}-epochs"] if args.epochs else []
     parts += [f"{args.views}-views"] if args.views > 1 else []
     return Path(out).expanduser() / "_".join(parts)
@@ -60,7 +60,6 @@ def writable_folder(args, data, dataset):
         raise ValueError(f"the figure in {folder} would be an image of {dataset} in the next run: "
                          "choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "writable") as file:  # said now, not after the work
-        file.write(b"")
-    (folder / "writable").unlink()
+    with tempfile.TemporaryFile(dir=folder):  # that it cannot be written is said now
+        pass
     return folder

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from statistics import mean, pstdev
 
+from mini_coop import whole_file
+
 # Hand-written templates, compared beside a data set's own; four are the paper's, of other data sets
 TEMPLATES = ["{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
              "{} texture.", "a centered satellite photo of {}."]
@@ -143,7 +145,7 @@ def panel(ax, title, shots, curves, star, paper=()):
         ax.errorbar(places, means, spreads, fmt=style, color=color, capsize=3, label=method)
     for method, means in paper:
         ax.plot(places, means, ":", color=STYLES[method][0], label=f"{method}, the paper's average")
-    ax.set_title(title, fontsize=11)
+    ax.set_title(title, fontsize=11, parse_math=False)  # a name may hold $
     ax.set_xticks(range(len(shots) + 1), [0, *shots])
     ax.set_xlabel("labelled images per class (shots)")
     ax.set_ylabel("test accuracy, %")
@@ -153,15 +155,13 @@ def panel(ax, title, shots, curves, star, paper=()):
 def figure(results, title, path):
     """The paper's figure: accuracy over shots, a panel per data set and one of their average."""
     from matplotlib.figure import Figure  # here, as it takes a second to import
-
-    from mini_coop import whole_file
     first = next(iter(results.values()))
     shots = list(next(iter(first["few_shot"].values())))
     n_panels = len(results) + (len(results) > 1)
     columns = min(3, n_panels)
     rows = -(-n_panels // columns)
     fig = Figure((max(6, 3.6 * columns), 3.2 * rows + 0.9), layout="constrained")
-    fig.suptitle(title)
+    fig.suptitle(title, parse_math=False)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     if len(results) > 1:
         shared = [m for m in METHODS if all(m in r["few_shot"] for r in results.values())]
@@ -185,3 +185,14 @@ def figure(results, title, path):
     fig.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     with whole_file(path) as file:
         fig.savefig(file, format="png", dpi=100)
+
+
+def save(result, name, folder):
+    """Writes a data set's results.json and figure.png, and prints its tables."""
+    if (folder / "results.json").exists():
+        print("results.json and figure.png are replaced; finished cells of other shots are kept")
+    with whole_file(folder / "results.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    print(f"\n{table(result, name)}\n\n{result['seconds']:.0f} s. Saved in {folder}: "
+          "results.json, figure.png and the contexts")
+    figure({name: result}, f"CLIP {result['settings']['model']}", folder / "figure.png")

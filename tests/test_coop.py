@@ -578,6 +578,26 @@ def test_inference_mode_and_other_default_types(tiny):
     assert torch.equal(coop.ctx, expected)
 
 
+def test_what_load_clip_gives_is_a_pair(tiny):
+    with pytest.raises(ValueError, match=r"model, preprocess = load_clip\(\)"):
+        CoOp(tiny, ["cat", "dog"])
+
+
+def test_a_context_whose_settings_were_changed_is_noticed(tiny, tmp_path):
+    CoOp(tiny[0], ["cat", "dog"], 2).save(tmp_path / "ctx.pt")
+    state = torch.load(tmp_path / "ctx.pt", weights_only=True)
+    torch.save({**state, "classnames": ["dog", "cat"]}, tmp_path / "ctx.pt")
+    with pytest.raises(ValueError, match="does not hold what was saved"):
+        CoOp.load(tmp_path / "ctx.pt", tiny[0])
+
+
+def test_a_context_that_is_not_finite_predicts_nothing(tiny):
+    coop = CoOp(tiny[0], ["cat", "dog"], 2)
+    coop.ctx.data[0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity: train it anew"):
+        coop.predict(torch.randn(2, 32))
+
+
 def test_a_training_that_diverges_is_an_error(tiny, tmp_path):
     coop = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2)
     with pytest.raises(RuntimeError, match="the loss is nan in epoch .*: training diverges"):
@@ -591,7 +611,7 @@ def test_a_context_with_other_numbers_is_noticed(tiny, tmp_path, monkeypatch):
     CoOp(tiny[0], ["cat", "dog"], 2).save(tmp_path / "ctx.pt")
     state = torch.load(tmp_path / "ctx.pt", weights_only=True)
     torch.save({**state, "ctx": state["ctx"] + 1}, tmp_path / "ctx.pt")
-    with pytest.raises(ValueError, match="not those that were saved"):
+    with pytest.raises(ValueError, match="does not hold what was saved"):
         CoOp.load(tmp_path / "ctx.pt", tiny[0])
     del state["sha256"]  # saved before contexts had a hash
     torch.save(state, tmp_path / "ctx.pt")

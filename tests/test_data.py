@@ -360,6 +360,8 @@ def test_arrays_are_no_images(tiny, image):
 def test_float_images_are_not_black():
     ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     assert abs(open_image(Image.fromarray(ramp)).getpixel((7, 7))[0] - 255) <= 1
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        open_image(Image.fromarray(ramp * np.float32("inf")))
     assert open_image(Image.fromarray(255 * ramp)).getpixel((7, 7))[0] == 255
     assert open_image(Image.fromarray(ramp)).getpixel((4, 3))[0] == round(255 * ramp[3, 4])
 
@@ -371,6 +373,35 @@ def test_a_model_that_gives_nan_is_not_an_unreadable_image(tiny, tmp_path):
     message = "CLIP gives NaN or infinity for 1 images that can be read"
     with pytest.raises(RuntimeError, match=message):
         encode_images(broken, tiny[1], [tmp_path / "a.png"], progress=False)
+
+
+def test_one_pil_image_many_times(tiny, tmp_path):
+    """PIL loads an image when it is first used, and not from several threads at once."""
+    pixels = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "big.png")
+    expected = encode_images(*tiny, str(tmp_path / "big.png"), progress=False)
+    for _ in range(5):
+        images = [Image.open(tmp_path / "big.png")] * 8
+        features = encode_images(*tiny, images, workers=8, progress=False)
+        assert torch.allclose(features, expected.expand(8, -1), atol=1e-5)
+
+
+def test_a_class_folder_without_readable_images_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png")
+    (tmp_path / "fox").mkdir()
+    (tmp_path / "fox/a.heic").write_bytes(b"another format")
+    (tmp_path / "cat/folder.jpg").mkdir()
+    with pytest.warns(UserWarning, match="no images in fox"):
+        data = load_dataset(tmp_path)
+    assert data.classnames == ["cat", "dog"]
+    assert len(data.train.images + data.val.images + data.test.images) == 8
+
+
+def test_a_transform_that_fails_is_no_unreadable_image(tiny):
+    with pytest.raises(TypeError):
+        encode_images(tiny[0], None, [Image.new("RGB", (8, 8))], progress=False)
 
 
 def test_views_do_not_disturb_the_callers_random_state(tiny, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_own_folder_with_an_unreadable_image_and_views(tmp_path, capsys):
     assert "±" not in re.search("CoOp unified.*", out)[0]  # one seed has no spread
 
 
+def test_a_folder_name_with_dollars_has_its_figure(tmp_path):
+    root = photos(tmp_path / "cash_$5_to_$10^")
+    grid.main(["--dataset", str(root), "--shots", "1", "--seeds", "1", *SMALL,
+               "--out", str(tmp_path / "out")])
+    assert list((tmp_path / "out").rglob("figure.png"))
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path, capsys):
+    photos(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos/red")
+    with pytest.raises(SystemExit):
+        grid.main(["--dataset", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), *SMALL])
+    assert "one class only" in capsys.readouterr().err
+
+
 def test_own_output_never_becomes_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(photos(tmp_path / "photos"))
     with pytest.raises(SystemExit) as stop:
@@ -135,9 +151,9 @@ def test_a_finished_cell_is_kept_and_a_damaged_one_is_run(tmp_path, capsys, monk
     cell.write_text(cell.read_text()[:30])  # half written
     grid.main(command)
     assert calls[8:] == [16] and json.loads(cell.read_text())["accuracy"]
-    (folder / "CoOp_unified_2_shots_seed_1.pt").unlink()
+    (folder / "CoOp_unified_2_shots_seed_1.pt").write_bytes(b"garbage")
     grid.main(command)
-    assert calls[9:] == [16]
+    assert calls[9:] == [16] and "or damaged: run again" in capsys.readouterr().out
     grid.main([*command, "--class-position", "front"])  # another setting has a folder of its own
     assert len(calls) == 10 + 8 and results_of(folder)["few_shot"] == first["few_shot"]
     monkeypatch.setattr(grid, "sha256_of", lambda *args: "other weights")
@@ -151,6 +167,10 @@ def test_every_setting_has_its_folder():
                  ["--epochs", "5"], ["--views", "8"], ["--model", "ViT-B/32"]):
         names.add(options.run_folder("out", options.arguments(more), "styles"))
     assert len(names) == 7 and Path("out/mini_styles") in names
+    for words in ("a b", "a-b", "M4", "front", "a/../../../escaped"):
+        folder = options.run_folder("out", options.arguments(["--ctx-init", words]), "styles")
+        assert folder not in names and folder.parent == Path("out")
+        names.add(folder)
     home = options.run_folder("~/out", options.arguments([]), "styles")
     assert str(home).startswith(os.path.expanduser("~"))
 
