@@ -94,7 +94,7 @@ def data_folder():
 def shared_folder():
     """A lab's folder of weights and data sets, $MINI_COOP_ROOT; without it our own data/."""
     folder = Path(os.environ.get("MINI_COOP_ROOT") or data_folder()).expanduser()
-    _check(folder.is_dir(), f"MINI_COOP_ROOT is set to {folder}, which does not exist")
+    _check(folder.is_dir(), f"MINI_COOP_ROOT is set to {folder}, which is no folder")
     return folder
 
 
@@ -110,7 +110,7 @@ def sha256_of(state, skip=None):
 @contextmanager
 def whole_file(path):
     """A binary file that appears under `path` only when it is whole."""
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()  # of a link, what it leads to
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
@@ -278,7 +278,9 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 
     def draw(labels, n, kind):
         members = {}  # classes in the order of first appearance, on which the sample depends
-        for index, label in enumerate(_array(labels).tolist()):
+        labels = _array(labels)
+        _check(labels.ndim == 1, "labels are one number per image: of a split take .labels")
+        for index, label in enumerate(labels.tolist()):
             members.setdefault(label, []).append(index)
         if short := {label: len(own) for label, own in members.items() if len(own) < n}:
             some = dict(list(short.items())[:5])
@@ -365,6 +367,7 @@ def load_clip(name="mini", device=None):
     one. No code from a file is run. Raises ValueError for an unknown name or device and for a file
     that is no CLIP or damaged, RuntimeError if a download fails.
     """
+    name = str(name)
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -536,6 +539,7 @@ def _context_words(model, ctx_init):
 def _features(coop, features, views=False):
     """Image features on the context's device in float32, or one clear error."""
     E = coop.clip_model.text_projection.shape[1]
+    features = features if torch.is_tensor(features) else _array(features)
     x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
     shapes = f"(N, {E}) or (N, views, {E})" if views else f"(N, {E})"
     _check(2 <= x.ndim <= 2 + views and x.shape[-1] == E and x.numel(), f"image features must be "
@@ -713,7 +717,9 @@ def linear_probe(train, train_labels, val, val_labels):
 
 def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
-    return 1e-5 if epoch == 0 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+    if epoch == 0:
+        return min(1e-5, lr)
+    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 def n_epochs(shots):
@@ -806,7 +812,8 @@ class CoOp(torch.nn.Module):
         """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
         exp(logit_scale), CLIP's frozen 1 / temperature. text_features: if already computed."""
         text_features = self.text_features() if text_features is None else text_features
-        cosines = F.normalize(image_features, dim=-1) @ text_features.T
+        with torch.autocast(self.ctx.device.type, enabled=False):  # float32, whatever surrounds it
+            cosines = F.normalize(image_features, dim=-1) @ text_features.T
         return self.clip_model.logit_scale.exp() * cosines
 
     def loss(self, logits, labels, text_features):

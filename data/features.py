@@ -32,8 +32,11 @@ def effect(preprocess):
 
 
 def cached_features(folder, model, preprocess, images, views=1):
-    """encode_images of paths, kept in `folder`; features are taken from there only if weights,
-    transform, views and every file are the same. Features with a row of NaN are not kept."""
+    """encode_images of paths, kept in `folder`.
+
+    Features are taken from there only if weights, transform, views and every file (its path, size
+    and time) are the same. Features with a row of NaN are not kept.
+    """
     weights = sha256_of(model.visual.state_dict())
     key = digest(weights, effect(preprocess), views, *map(stamp, images))
     file = Path(folder) / f"{key[:32]}.pt"

@@ -240,7 +240,7 @@ def main(argv=None):
         for data, folder in zip(datasets, folders):
             results[data.name] = one(model, preprocess, data, folder, args)
         if len(results) > 1:
-            path = Path(f"{run_folder(args.out, args, 'figure')}.png")
+            path = Path(f"{run_folder(args.out, args, '+'.join(results)[:150])}.png")
             figure(results, f"CLIP {args.model}", path)
             print(f"\n{average_table(results)}\n\nThe figure of all data sets: {path}")
     except (ValueError, OSError, RuntimeError) as error:

@@ -340,7 +340,7 @@ def old_domains(path, images):
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["images"] == images:
             return {"domains": before["domains"]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     return {}
 
@@ -388,7 +388,7 @@ def add_shift(name, root, out):
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         images = data["images"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unprepared(f"{name}: {path} cannot be read ({error}): "
                          "prepare imagenet again") from error
     if images != images_root(root, out, "imagenet"):
@@ -409,7 +409,7 @@ def add_shift(name, root, out):
 
 
 def folder_number(folder):
-    return int(folder) if folder.isdecimal() else None
+    return int(folder) if folder.isdecimal() and int(folder) < 1000 else None
 
 
 def main(argv=None):
@@ -437,7 +437,7 @@ def main(argv=None):
                 add_shift(name, root, out)
             else:
                 prepare(name, SOURCES[name], root, out)
-        except Unprepared as error:
+        except (Unprepared, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed.append(name)
     if failed:

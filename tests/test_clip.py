@@ -7,6 +7,7 @@ import pickle
 import urllib.error
 import urllib.request
 import warnings
+from pathlib import Path
 
 import clip
 import pytest
@@ -171,12 +172,19 @@ def test_a_damaged_mini_clip_is_noticed(tmp_path, monkeypatch):
         load_clip("mini", "cpu")
 
 
-def test_a_root_that_does_not_exist_is_said_at_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", ["nowhere", "a file"])
+def test_a_root_that_is_no_folder_is_said_at_once(monkeypatch, tmp_path, name):
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path / name))
     for load in (load_clip, lambda: mini_coop.load_dataset("styles")):
-        message = "MINI_COOP_ROOT is set to .*nowhere, which does not exist"
+        message = f"MINI_COOP_ROOT is set to .*{name}, which is no folder"
         with pytest.raises(ValueError, match=message):
             load()
+
+
+def test_a_name_may_be_a_path(mini):
+    model, _ = load_clip(Path("mini"), "cpu")
+    assert torch.equal(model.text_projection, mini[0].text_projection.cpu())
 
 
 def test_an_installation_without_data_says_what_to_do(monkeypatch, tmp_path):

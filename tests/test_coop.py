@@ -644,3 +644,34 @@ def test_cuda_and_cpu_agree(class_specific):
     # the text side runs in bf16 on CUDA
     assert abs(cpu_loss - cuda_loss) < 0.05
     assert (cpu_p.argmax(1) == cuda_p.argmax(1)).float().mean() > 0.9
+
+
+def test_features_as_a_list_of_tensors(tiny):
+    coop = CoOp(tiny[0], ["a", "b"], 2)
+    x = torch.randn(3, coop.clip_model.text_projection.shape[1])
+    assert torch.equal(coop.predict_proba(list(x)), coop.predict_proba(x))
+
+
+def test_the_users_autocast_changes_nothing(tiny):
+    coop = CoOp(tiny[0], ["a", "b"], 2)
+    x = torch.randn(3, coop.clip_model.text_projection.shape[1])
+    expected = coop.predict_proba(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        probabilities = coop.predict_proba(x)
+    assert probabilities.dtype == torch.float32
+    assert torch.allclose(probabilities, expected, atol=1e-6)
+
+
+def test_no_epoch_is_faster_than_lr(tiny):
+    coop = CoOp(tiny[0], ["a", "b"], 2)
+    before = coop.ctx.detach().clone()
+    x = torch.randn(2, coop.clip_model.text_projection.shape[1])
+    coop.fit(x, [0, 1], epochs=2, lr=0.0, progress=False)
+    assert torch.equal(coop.ctx, before)
+
+
+def test_save_writes_through_a_link(tiny, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "real/context.pt")
+    CoOp(tiny[0], ["a", "b"], 2).save(tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "real/context.pt").is_file()

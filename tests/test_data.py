@@ -61,6 +61,11 @@ def test_few_shot_validation_is_at_most_four():
     assert len(few_shot([0] * 30 + [1] * 30, 2, 2, [0] * 9 + [1] * 9)[1]) == 4
 
 
+def test_few_shot_wants_labels_not_a_split():
+    with pytest.raises(ValueError, match=r"take \.labels"):
+        few_shot(mini_coop.Split(["a.png", "b.png"], [0, 1]), 1, 1)
+
+
 def test_few_shot_takes_what_there_is():
     with pytest.warns(UserWarning, match=r"1 classes have fewer than 3 training images.*\{1: 2\}"):
         assert sorted(few_shot([0, 0, 0, 1, 1], 3, 1)) == [0, 1, 2, 3, 4]

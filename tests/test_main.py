@@ -180,7 +180,7 @@ def test_several_data_sets(tmp_path, capsys):
     grid.main([*command, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "average of 2 data sets" in out
-    assert Image.open(tmp_path / "mini_figure_M1_1-epochs.png").size[0] > 900
+    assert Image.open(tmp_path / "mini_styles+actions_M1_1-epochs.png").size[0] > 900
     results = {t: results_of(tmp_path / f"mini_{t}_M1_1-epochs") for t in ("styles", "actions")}
     rows = [r["few_shot"]["CoOp unified"]["1"] for r in results.values()]
     averages = [(a["test"] + b["test"]) / 2 for a, b in zip(*rows)]

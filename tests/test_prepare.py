@@ -307,6 +307,25 @@ def test_classnames_must_be_there_and_sorted(name, fault, tmp_path, monkeypatch,
     assert before is None or written.read_bytes() == before
 
 
+def test_a_folder_number_that_no_class_has(tmp_path, monkeypatch, capsys):
+    imagenet(tmp_path, monkeypatch)
+    args = ["--root", tmp_path, "--out", tmp_path / "out"]
+    assert run(capsys, "imagenet", *args)[0]
+    touch(tmp_path / prepare.SHIFTS["imagenetv2"].folder / "1000/x.jpeg")
+    worked, out = run(capsys, "imagenetv2", *args)
+    assert not worked and "'1000' that is no class of ImageNet" in out
+
+
+def test_a_dataset_json_that_is_something_else(tmp_path, monkeypatch, capsys):
+    imagenet(tmp_path, monkeypatch)
+    args = ["--root", tmp_path, "--out", tmp_path / "out"]
+    (tmp_path / "out/imagenet").mkdir(parents=True)
+    (tmp_path / "out/imagenet/dataset.json").write_text("[]")
+    worked, out = run(capsys, "imagenetv2", *args)
+    assert not worked and "prepare imagenet again" in out
+    assert run(capsys, "imagenet", *args)[0]  # which replaces it
+
+
 def test_split_files_are_downloaded_checked_and_kept(tmp_path, monkeypatch, capsys):
     look_alike("eurosat", tmp_path, monkeypatch)
     path = tmp_path / "eurosat/split_zhou_EuroSAT.json"

@@ -29,7 +29,7 @@ from icons import HERE, SET_STYLES, near_duplicates, picture_hash, read_sets, th
 BATCH = 512
 LR = 1e-3
 WEIGHT_DECAY = 0.05
-WARM_UP = 100  # steps
+WARM_UP = 50  # steps
 EMA = 0.998  # decay per step of the average of the weights, which is what ships
 # A pre-training drawing that correlates more than this with a held-out one is left out; chosen by
 # looking at pairs.
@@ -180,8 +180,15 @@ class Icons:
 def augment(images):
     """Rotates up to 8.6 degrees, scales 0.75 to 1.2, shifts up to 11 %; (B, 3, 64, 64) both.
 
-    What comes in at the edges has the colour of the drawing's own corner."""
+    What comes in at the edges has the colour of the drawing's own corner. A third of the drawings
+    get thicker or thinner lines, by up to a pixel on each side.
+    """
     n = len(images)
+    thicker = -F.max_pool2d(-images, 3, 1, 1)
+    thinner = F.max_pool2d(images, 3, 1, 1)
+    share = (torch.rand(n) * (torch.rand(n) < 0.33)).view(n, 1, 1, 1).to(images.device)
+    other = torch.where(torch.rand(n, 1, 1, 1).to(images.device) < 0.5, thicker, thinner)
+    images = torch.lerp(images, other, share)
     angle = (torch.rand(n) - 0.5) * 0.3
     scale = 1 / (0.75 + 0.45 * torch.rand(n))
     shift = (torch.rand(2, n) - 0.5) * 0.44
@@ -247,17 +254,17 @@ def encode_text(model, tokens):
     return torch.cat(features)[order.argsort()]
 
 
-def contrastive_loss(model, batch, tokenizer, rng, device, half):
+def contrastive_loss(model, batch, tokenizer, rng, device, half, visual=None):
     """CLIP's symmetric loss on one augmented batch.
 
     A caption that is also true of another image is no negative for it. half: bfloat16 for the two
-    encoders.
+    encoders. visual: the model's image encoder, compiled.
     """
     images, captions, true = batch
     images = normalise(augment(images.to(device)))
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device, torch.bfloat16, enabled=half):
-        image = model.visual(images).float()
+        image = (visual or model.visual)(images).float()
         text = encode_text(model, tokenizer(captions, rng).to(device)).float()
     scale = model.logit_scale.exp()
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
@@ -374,7 +381,7 @@ class Run:
         self.step += 1
 
 
-def train(run, icons, held_out, tokenizer, minutes, half):
+def train(run, icons, held_out, tokenizer, minutes, half, visual):
     """Steps until `minutes` are spent: warm-up, then a cosine over the time."""
     rng = random.Random(run.step)
     budget = 60 * minutes
@@ -385,7 +392,7 @@ def train(run, icons, held_out, tokenizer, minutes, half):
         cosine = 0.5 * (1 + math.cos(math.pi * run.spent / budget))
         lr = LR * min(1, (run.step + 1) / WARM_UP) * cosine
         batch = icons.batch(rng, BATCH)
-        loss = contrastive_loss(run.model, batch, tokenizer, rng, run.device, half)
+        loss = contrastive_loss(run.model, batch, tokenizer, rng, run.device, half, visual)
         run.update(loss, lr)
         losses.append(loss.item())
         run.spent += time.perf_counter() - start
@@ -440,6 +447,8 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
     parser.add_argument("--half", action="store_true",
                         help="bfloat16: three times faster on a CPU or card that has it")
+    parser.add_argument("--compile", action="store_true",
+                        help="the image encoder through torch.compile: a fifth faster on a CPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     icons = Icons(args.work, args.only)
@@ -449,7 +458,8 @@ def main():
         evaluate(args.evaluate, icons, held_out, tokenizer, device, args.half)
         return
     run = Run(args.work, device, args.start)
-    train(run, icons, held_out, tokenizer, args.minutes, args.half)
+    visual = torch.compile(run.model.visual) if args.compile else None
+    train(run, icons, held_out, tokenizer, args.minutes, args.half, visual)
     run.save()
     accuracy = held_out.accuracy(run.averaged(), tokenizer, device)
     run.log(f"the end: {run.step * BATCH} drawings, held-out top-1 of 1000 names {accuracy:.1f} %")
