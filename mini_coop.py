@@ -1,6 +1,8 @@
 """mini-coop: Context Optimization (CoOp) for CLIP, the whole method in one module.
 
-CLIP classifies an image by comparing it with one prompt per class, "a photo of a cat." CoOp
+CLIP compares an image with texts, one prompt per class ("a photo of a cat."), by the cosine of
+their features. A prompt is a list of tokens between two marks, SOS and EOT. The text encoder reads
+it from left to right, so what stands at the EOT has seen all: it is the feature of the text. CoOp
 replaces the hand-written words by M learnable vectors, the context. CLIP stays frozen, so images
 are encoded once and training sees features only. "The paper" is Zhou, Yang, Loy, Liu: Learning to
 Prompt for Vision-Language Models, IJCV 2022.
@@ -11,16 +13,17 @@ Prompt for Vision-Language Models, IJCV 2022.
         ^------------------- gradients reach the context, nothing else is trained <--------------+
 
 Shapes: N images, B of them in a batch, A augmented views of an image, K classes, M context vectors,
-D text width, E joint embedding; on the text side R rows of L tokens that begin with P shared ones.
+D text width, E joint embedding (the width of both features).
+
+For the method read the last part, `CoOp`, and then "the text side"; what stands above them reads
+data, images and CLIP, and checks what users pass.
 """
 import hashlib
 import json
 import math
 import numbers
-import operator
 import os
 import random
-import re
 import sys
 import threading
 import warnings
@@ -42,7 +45,7 @@ from tqdm.auto import tqdm
 with warnings.catch_warnings():  # clip-anytorch imports pkg_resources, which is deprecated
     warnings.simplefilter("ignore")
     import clip
-    from clip.clip import _MODELS, _tokenizer, _transform  # the same in OpenAI's clip
+    from clip.clip import _MODELS, _tokenizer, _transform  # _MODELS: name -> address with SHA-256
 
 __all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images",
            "zero_shot_weights", "linear_probe", "learning_rate", "n_epochs", "CoOp"]
@@ -52,7 +55,7 @@ MINI_SHA256 = "862f1d81090bdf0cf31f37d7ee375dba48e83a56c530ef4ad05e57602ec3579c"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 SOS = _tokenizer.encoder["<|startoftext|>"]
 EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
-CONTEXT = EOT + 1  # in our prompts, this and higher ids stand for context vectors
+CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i
 
 
 # ---------------------------------------------------------------- small helpers
@@ -64,13 +67,10 @@ def _check(ok, message):
 
 def _whole(name, value, least=1):
     """A whole number as an int (NumPy's too), or one error that names the argument."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    _check(number is not None and not isinstance(value, bool) and least <= number < 2**63,
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    _check(whole and least <= value < 2**63,  # where torch's integers end
            f"{name} must be a whole number of {least} or more, not {value!r}")
-    return number
+    return int(value)
 
 
 def _array(values):
@@ -123,7 +123,7 @@ def whole_file(path):
 
 
 @lru_cache(maxsize=16)
-def _opened(path, changed, process):
+def _opened(path, changed, process):  # the last two are there for the cache to compare
     return zipfile.ZipFile(path)
 
 
@@ -172,10 +172,10 @@ def load_dataset(name_or_folder):
     data = _read_json(folder) if (folder / "dataset.json").exists() else _read_folders(folder)
     for part, split in (("train", data.train), ("test", data.test)):
         present = set(split.labels)
-        without = [name for k, name in enumerate(data.classnames) if k not in present]
-        if without and split.images:
-            warnings.warn(f"{folder}: no {part} images of {len(without)} of {len(data.classnames)} "
-                          f"classes: {', '.join(without[:5])}", stacklevel=2)
+        missing = [name for k, name in enumerate(data.classnames) if k not in present]
+        if missing and split.images:
+            warnings.warn(f"{folder}: no {part} images of {len(missing)} of {len(data.classnames)} "
+                          f"classes: {', '.join(missing[:5])}", stacklevel=2)
     return data
 
 
@@ -187,15 +187,15 @@ def _read_json(folder):
         data = json.loads(file.read_text(encoding="utf-8-sig"))
         names = data["classnames"]
         domains = data.get("domains", {})
-        root = folder / data.get("images", ".")
-        wrong = [part for part in data["splits"] if part not in splits]
-        wrong += [part for part in domains if part in splits]
+        root = folder / data.get("images", ".")  # a folder or an archive
         _check(data.get("format", 1) == 1,
                f"format {data.get('format')!r}, but this version reads 1: prepare it again")
         _check(isinstance(names, list) and names and all(isinstance(name, str) for name in names),
                "the class names must be a list of texts")
         _check(isinstance(data["template"], str) and "{}" in data["template"],
                "the template must be a text with {} in it")
+        wrong = [part for part in data["splits"] if part not in splits]
+        wrong += [part for part in domains if part in splits]
         _check(not wrong, "splits are train, val and test, domains have other names; "
                f"{', '.join(wrong)} is neither")
         for part, rows in (data["splits"] | domains).items():
@@ -203,9 +203,8 @@ def _read_json(folder):
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not in our form (data/README.md): {type(error).__name__} "
                          f"{error}") from error
-    inside = set()
-    if root.is_file():  # an archive
-        inside = {root / name for name in _archive(root).namelist()}
+    members = _archive(root).namelist() if root.is_file() else []
+    inside = {root / name for name in members}
     for part, (images, labels) in splits.items():
         lost = [image for image in images if image not in inside and not image.is_file()]
         if lost:
@@ -214,33 +213,33 @@ def _read_json(folder):
         for label in labels:
             _check(type(label) is int and 0 <= label < len(names), f"{folder}: label {label!r} in "
                    f"{part!r}, but there are {len(names)} classes (0 to {len(names) - 1})")
-    domains = {part: splits[part] for part in domains}
-    return Dataset(folder.resolve().name, names, data["template"], splits["train"], splits["val"],
-                   splits["test"], domains)
+    train, val, test = (splits.pop(part) for part in ("train", "val", "test"))
+    return Dataset(folder.resolve().name, names, data["template"], train, val, test, splits)
 
 
 def _read_folders(root):
     """A folder of class folders, or of train/, val/ and test/ with class folders -> Dataset."""
     parts = ("train", "val", "test")
 
-    def images_of(folder):  # nothing hidden; none where there is no such folder
+    def hidden(path):
+        return any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)
+
+    def images_of(folder):  # none where there is no such folder
         paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-        hidden = re.compile(r"(^|/)(\.|__MACOSX)")
-        return sorted(path for path in paths if path.is_file()
-                      and not hidden.search(path.relative_to(root).as_posix()))
+        return sorted(path for path in paths if path.is_file() and not hidden(path))
 
     def classes_of(folder):
         return {sub.name for sub in folder.glob("*") if sub.is_dir() and images_of(sub)}
 
-    tops = classes_of(root)
-    below = set().union(*(classes_of(root / part) for part in parts))
-    classes = sorted(below or tops)
+    at_root = classes_of(root)  # class folders straight below root
+    in_splits = set().union(*(classes_of(root / part) for part in parts))  # below train/, ...
+    classes = sorted(in_splits or at_root)
     _check(classes, f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, "
            "test/ above the class folders")
     splits = [Split([], []), Split([], []), Split([], [])]
     for label, name in enumerate(classes):
         dealt = [images_of(root / part / name) for part in parts]
-        if not below:  # as the published code deals a data set without splits
+        if not in_splits:  # as the published code deals a data set without splits
             images = images_of(root / name)
             random.Random(0).shuffle(images)
             n_train = round(0.5 * len(images))
@@ -249,18 +248,19 @@ def _read_folders(root):
         for split, images in zip(splits, dealt):
             split.images.extend(images)
             split.labels.extend([label] * len(images))
-    empty = []  # folders that hold something, but no images
-    for top in [root / part for part in parts] if below else [root]:
-        others = [sub for sub in top.glob("[!._]*") if sub.is_dir() and sub.name not in classes]
+    # what a user might miss: folders without images, beside the splits, or misnamed splits
+    empty = []
+    for place in [root / part for part in parts] if in_splits else [root]:
+        others = [sub for sub in place.glob("[!._]*") if sub.is_dir() and sub.name not in classes]
         empty += [sub.name for sub in others if any(sub.iterdir())]
     if empty:
         warnings.warn(f"{root}: no images in {', '.join(sorted(empty)[:5])} (read are "
                       f"{', '.join(sorted(IMAGE_SUFFIXES))}): left out", stacklevel=3)
-    if below and tops - set(parts):
+    if in_splits and (beside := sorted(at_root - set(parts))):
         warnings.warn(f"{root}: beside train, val and test these folders are not read: "
-                      + ", ".join(sorted(tops - set(parts))[:5]), stacklevel=3)
-    named = [name for name in sorted(tops) if name.lower().startswith(parts)]
-    if not below and (nested := [name for name in named if classes_of(root / name)]):
+                      + ", ".join(beside[:5]), stacklevel=3)
+    like_splits = [name for name in sorted(at_root) if name.lower().startswith(parts)]
+    if not in_splits and (nested := [name for name in like_splits if classes_of(root / name)]):
         warnings.warn(f"{root}: {', '.join(nested)} read as classes; if they are splits, call them "
                       "train, val and test", stacklevel=3)
     return Dataset(root.resolve().name, classes, "a photo of a {}.", *splits, {})
@@ -300,21 +300,25 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 def open_image(image):
     """An RGB image from a path, from inside an archive (`images.zip/name.png`) or a PIL image.
 
-    Upright by its EXIF tag, transparent parts white; 16 bits, and floats up to 1 or 255, become 8.
+    Upright by its EXIF tag, transparent parts white; 16-bit images, and floats up to 1 or 255,
+    become 8-bit ones.
     """
     _check_images([image])
     if not isinstance(image, Image.Image):
-        path = Path(image).expanduser()
+        source = Path(image).expanduser()
         # a path that leads through a file leads into an archive
-        if archive := next((folder for folder in path.parents if folder.is_file()), None):
-            path = _archive(archive).open(path.relative_to(archive).as_posix())
-        image = Image.open(path)
+        if archive := next((parent for parent in source.parents if parent.is_file()), None):
+            source = _archive(archive).open(source.relative_to(archive).as_posix())
+        image = Image.open(source)
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # PIL itself would cut these off at 255
+    if image.mode[0] in "IF":  # integers or floats, which PIL itself would cut off at 255
         values = np.asarray(image, np.float64)
         _check(np.isfinite(values).all(), "an image with values that are NaN or infinite")
-        largest = 65535 if image.mode[0] == "I" else 1 if values.max() <= 1 else 255
-        image = Image.fromarray((values * (255 / largest)).round().clip(0, 255).astype(np.uint8))
+        largest = 65535
+        if image.mode == "F":
+            largest = 1 if values.max() <= 1 else 255
+        values = (values * (255 / largest)).round().clip(0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -325,17 +329,19 @@ def _random_view(image, n_px, rng):
     """The paper's augmentation: a random crop of 8 to 100 % of the area, sides 3 : 4 to 4 : 3,
     resized and often flipped. (torchvision's own would draw from the global generator.)"""
     width, height = image.size
-    w = h = min(width, height)  # of a very long image, if no crop fits
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < sides[0] <= width and 0 < sides[1] <= height:
-            w, h = sides
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
             break
+    else:  # none fits into a very long image
+        w = h = min(width, height)
     x = rng.randint(0, width - w)
     y = rng.randint(0, height - h)
-    view = image.crop((x, y, x + w, y + h)).resize((n_px, n_px), Image.Resampling.BICUBIC)
+    view = image.crop((x, y, x + w, y + h))
+    view = view.resize((n_px, n_px), Image.Resampling.BICUBIC)
     return ImageOps.mirror(view) if rng.random() < 0.5 else view
 
 
@@ -357,7 +363,7 @@ def weights_file(name):
     return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # what a caller's inference mode makes could not be trained with
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
 
@@ -407,7 +413,7 @@ def _read_checkpoint(name):
             state = torch.jit.load(path, "cpu").state_dict()
         else:
             state = torch.load(path, "cpu", weights_only=True)
-        model = clip.model.build_model(dict(state)).float()
+        model = clip.model.build_model(dict(state)).float()  # which deletes from its dict
         # build_model went through float16: put the exact values back
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         finite = all(weight.isfinite().all() for weight in model.parameters())
@@ -425,8 +431,8 @@ def _reason(error):
 
 def _check_encoded(features, images, unreadable):
     """NaN is a warning where the image could not be read, else an error."""
-    bad = (~features.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
-    bad = set(bad) - set(unreadable)
+    finite = features.isfinite().flatten(1).all(1)
+    bad = set((~finite).nonzero()[:, 0].tolist()) - set(unreadable)
     if bad:
         raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
                            "are its weights damaged, or in half precision?")
@@ -457,16 +463,16 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     workers = os.cpu_count() if workers is None else _whole("workers", workers)
     n_px = model.visual.input_resolution
     device = model.text_projection.device
-    names = list(range(len(images)))  # views depend on a file's name, or a PIL image's place
-    for i, image in enumerate(images):
-        if not isinstance(image, Image.Image):
-            names[i] = Path(image).name
-    unreadable = {}
-    opening = threading.Lock()  # a PIL image must not be read by two threads at once
+    # a file's views depend on its name, not on its place; a PIL image has no name
+    names = [i if isinstance(image, Image.Image) else Path(image).name
+             for i, image in enumerate(images)]
+    unreadable = {}  # place -> what is wrong
+    one_at_a_time = threading.Lock()  # a PIL image must not be read by two threads at once
 
-    def pixels_of(i):
+    def pixels_of(i):  # (A, 3, n_px, n_px)
+        guard = one_at_a_time if isinstance(images[i], Image.Image) else nullcontext()
         try:
-            with opening if isinstance(images[i], Image.Image) else nullcontext():
+            with guard:
                 image = open_image(images[i])
         except Exception as error:  # broken files and archives raise anything
             unreadable[i] = f"{images[i]} ({error})"
@@ -499,8 +505,9 @@ def _class_names(classnames):
     groups = {}  # what CLIP sees of a name -> the names
     for k, name in enumerate(given):
         _check(isinstance(name, str), f"class {k} must be a text, not {name!r}")
-        names.append(name.replace("_", " ").strip())
-        tokens = _tokenizer.encode(names[k])
+        text = name.replace("_", " ").strip()
+        names.append(text)
+        tokens = _tokenizer.encode(text)
         _check(tokens, f"class {k} has an empty name ({name!r})")
         groups.setdefault(tuple(tokens), []).append(name)
     if same := [" = ".join(group) for group in groups.values() if len(group) > 1]:
@@ -533,7 +540,7 @@ def _context_words(model, ctx_init):
            + repr(ctx_init.replace("{}", "").strip(" .")))
     tokens = _tokenizer.encode(ctx_init.replace("_", " "))
     _check(tokens, f"ctx_init has no words: {ctx_init!r}")
-    return _prompt(model, tokens, ctx_init)[1:-1]
+    return _prompt(model, tokens, ctx_init)[1:-1]  # for its checks
 
 
 def _features(coop, features, views=False):
@@ -542,9 +549,11 @@ def _features(coop, features, views=False):
     features = features if torch.is_tensor(features) else _array(features)
     x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
     shapes = f"(N, {E}) or (N, views, {E})" if views else f"(N, {E})"
-    _check(2 <= x.ndim <= 2 + views and x.shape[-1] == E and x.numel(), f"image features must be "
-           f"{shapes}, not {tuple(x.shape)}: are they from encode_images with the same model?")
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+    fits = x.ndim in ((2, 3) if views else (2,)) and x.shape[-1] == E and x.numel()
+    _check(fits, f"image features must be {shapes}, not {tuple(x.shape)}: are they from "
+           "encode_images with the same model?")
+    finite = x.isfinite().flatten(1).all(1)
+    bad = (~finite).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(f"{len(bad)} of {len(x)} image features are NaN or infinite, first row "
                          f"{bad[0]} (an image that could not be read?)")
@@ -559,8 +568,9 @@ def _labels(coop, labels, N):
     _check(y.dtype.kind in "iu" and y.shape == (N,), f"labels must be {N} integers, the places of "
            f"the classes, one per image, not {y.dtype} {y.shape}")
     y = torch.as_tensor(y.astype(np.int64), device=coop.ctx.device)
-    for label in y[(y < 0) | (y >= K)].tolist():
-        raise ValueError(f"label {label} is outside of the {K} classes (0 to {K - 1})")
+    outside = y[(y < 0) | (y >= K)].tolist()
+    if outside:
+        raise ValueError(f"label {outside[0]} is outside of the {K} classes (0 to {K - 1})")
     return y
 
 
@@ -569,7 +579,7 @@ def _recipe(labels, epochs, lr, batch_size):
     if epochs is None:
         epochs = n_epochs(int(labels.bincount().max()))
     epochs = _whole("epochs", epochs, least=0)
-    _check(isinstance(lr, numbers.Real) and lr is not True and 0 <= lr < math.inf,
+    _check(isinstance(lr, numbers.Real) and not isinstance(lr, bool) and 0 <= lr < math.inf,
            f"lr must be a number of 0 or more, not {lr!r}")
     return epochs, min(_whole("batch_size", batch_size), len(labels))
 
@@ -585,14 +595,17 @@ def _recipe(labels, epochs, lr, batch_size):
 #
 # A token sees the trunk and what stands before it in its own branch. Many prompts fill several
 # rows, each with a copy of the trunk: a batch like any other. This is exact, gradients too.
+# Shapes: R rows of L tokens, the first P of which are the trunk.
 
-def pack(prompts, device, row=256):
-    """K prompts, lists of token ids -> (tokens (R, L), position (R, L), visible (R, 1, L, L), eot).
+def pack(prompts, device, row=256, part=24):
+    """K prompts, lists of token ids -> (parts, order).
 
-    visible: True where a token (row) sees another one (column). eot (K,): where the last token of
-    each prompt stands in the flattened rows. row: how many tokens of branches a row takes."""
+    A part is up to `part` rows: tokens (R, L), position (R, L), visible (R, 1, L, L), which says
+    whether token i of a row sees token j, and eot, the places of the ends in the flattened rows.
+    order (K,): of each prompt, its place among all ends. row: tokens of branches in a row."""
     K = len(prompts)
-    P = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # the trunk has no EOT
+    shared = len(os.path.commonprefix(prompts))  # it takes lists, too
+    P = min(shared, min(map(len, prompts)) - 1)  # of prompts that are all equal, not the EOT
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row)
     by_length = sorted(range(K), key=lambda k: len(prompts[k]))
     rows = []
@@ -601,21 +614,26 @@ def pack(prompts, device, row=256):
         for k in by_length[r::n_rows]:  # dealt like cards, so that rows are about as long
             cells += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
         rows.append(torch.tensor(cells, device=device))
-    # what pads a short row with zeros comes last, so nothing that is read sees it
+    # zeros that pad a short row come last, and tril() lets nothing see what comes after it
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
-    eot = (tokens == EOT).flatten().nonzero()[:, 0]  # (K,)
-    eot = eot[owner.flatten()[eot].argsort()]  # in the order of the prompts
-    return tokens, position, visible.tril()[:, None], eot
+    visible = visible.tril()[:, None]
+    parts = []
+    for r in range(0, n_rows, part):
+        some = slice(r, r + part)
+        eot = (tokens[some] == EOT).flatten().nonzero()[:, 0]
+        parts.append((tokens[some], position[some], visible[some], eot))
+    return parts, owner[tokens == EOT].argsort()
 
 
 def encode_rows(model, ctx, tokens, position, visible, eot):
-    """CLIP's text encoder on the rows of `pack` -> text features (K, E), not normalised.
+    """CLIP's text encoder on the rows of a part -> features at their ends, not normalised.
 
-    ctx: vectors (M, D) or (K, M, D), which take the places of the ids CONTEXT, CONTEXT + 1, ..."""
-    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D)
-    if ctx is not None:  # every token looks up a vector; those that stand for one keep it
+    ctx: vectors (M, D) or (K, M, D); the id CONTEXT + i takes vector i of them. The blocks are
+    CLIP's own, written out because CLIP's code has one mask for all rows, and no positions."""
+    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D), wrong at context ids, until:
+    if ctx is not None:  # every token looks up a vector, only context ids take it
         vectors = F.embedding((tokens - CONTEXT).clamp(min=0), ctx.flatten(0, -2))  # (R, L, D)
         x = torch.where(tokens[:, :, None] < CONTEXT, x, vectors)
     x = x + model.positional_embedding[position]
@@ -623,43 +641,36 @@ def encode_rows(model, ctx, tokens, position, visible, eot):
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (R, L, 3 D)
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (R, heads, L, -1)
-        seen = seen.transpose(1, 2).flatten(2)  # (R, L, D)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (R, heads, L, -1)
+        attended = attended.transpose(1, 2).flatten(2)  # (R, L, D)
         if block is model.transformer.resblocks[-1]:  # only the EOTs are read
-            x = x.flatten(0, 1)[eot]  # (K, D)
-            seen = seen.flatten(0, 1)[eot]
-        x = x + attn.out_proj(seen)
+            x = x.flatten(0, 1)[eot]  # (ends, D)
+            attended = attended.flatten(0, 1)[eot]
+        x = x + attn.out_proj(attended)
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x) @ model.text_projection
 
 
-def encode_prompts(model, packs, ctx=None):
-    """Unit-norm text features (K, E), float32, of the prompts in `packs`. On cards that have
-    bfloat16 the frozen encoder runs in it, in training and prediction alike."""
+def encode_prompts(model, packed, ctx=None):
+    """Unit-norm text features (K, E), float32, of packed prompts. On cards that have bfloat16 the
+    frozen encoder runs in it, in training and prediction alike."""
+    parts, order = packed
     device = model.text_projection.device
     half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        if len(packs) == 1:
-            features = encode_rows(model, ctx, *packs[0])
+        if len(parts) == 1:
+            features = encode_rows(model, ctx, *parts[0])
         else:  # keep no part's activations: they are computed again in the backward pass
             features = torch.cat([checkpoint(encode_rows, model, ctx, *part, use_reentrant=False)
-                                  for part in packs])
-    return F.normalize(features.float(), dim=-1)
-
-
-def pack_in_parts(prompts, device, part=6000):
-    """Prompts -> a list of packs; more than one only if about `part` tokens are not shared."""
-    P = len(os.path.commonprefix(prompts))
-    n_parts = math.ceil(max(1, sum(len(prompt) - P for prompt in prompts)) / part)
-    size = math.ceil(len(prompts) / n_parts)
-    return [pack(prompts[k:k + size], device) for k in range(0, len(prompts), size)]
+                                  for part in parts])
+    return F.normalize(features[order].float(), dim=-1)
 
 
 @torch.no_grad()
 def zero_shot_weights(model, classnames, templates):
     """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or an ensemble.
 
-    Each template's features are normalised, averaged over templates and normalised again. Class k
+    Each template's features are normalised, summed over templates and normalised again. Class k
     scores the cosine of an image feature with row k. Raises ValueError for a template without {}.
     """
     _check_clip(model)
@@ -671,8 +682,8 @@ def zero_shot_weights(model, classnames, templates):
         _check("{}" in template, f"the template {template!r} has no {{}} for the class name")
         texts = [template.replace("{}", name) for name in names]
         prompts = [_prompt(model, _tokenizer.encode(text), text) for text in texts]
-        packs = pack_in_parts(prompts, model.text_projection.device)
-        features.append(encode_prompts(model, packs))
+        packed = pack(prompts, model.text_projection.device)
+        features.append(encode_prompts(model, packed))
     return F.normalize(torch.stack(features).sum(0), dim=-1)
 
 
@@ -683,13 +694,12 @@ def linear_probe(train, train_labels, val, val_labels):
 
     C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that halve the
     range around the best in log space. Returns the LogisticRegression of the last step (`.C`;
-    `.predict` and `.score` take NumPy features). The published probe draws its images with NumPy,
-    over several runs, and takes ImageNet's C from Caltech101.
+    `.predict` and `.score` take NumPy features). Unlike the published probe it takes the images as
+    given (that one draws them with NumPy, over several runs) and searches C for ImageNet too.
     """
     from sklearn.exceptions import ConvergenceWarning  # here, as it takes a second to import
     from sklearn.linear_model import LogisticRegression
-    data = (train, train_labels, val, val_labels)
-    x, y, x_val, y_val = (_array(part) for part in data)
+    x, y, x_val, y_val = map(_array, (train, train_labels, val, val_labels))
 
     def fitted(log_C):
         probe = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(x, y)
@@ -697,7 +707,7 @@ def linear_probe(train, train_labels, val, val_labels):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is the paper's
-        warnings.filterwarnings("ignore", "The number of unique classes")  # as many as images
+        warnings.filterwarnings("ignore", "The number of unique classes")  # fine: one shot
         best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: fitted(log_C)[0])
         low = best - 1
         high = best + 1
@@ -719,6 +729,7 @@ def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
     if epoch == 0:
         return min(1e-5, lr)
+    # as published over `epochs`, not epochs - 1: the last rate is a little above zero
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
@@ -736,7 +747,8 @@ def _batches(x, batch_size, generator):
     if A > 1:
         views = torch.randint(A, (N,), generator=generator, device="cpu")
     images = order[:N - N % batch_size].to(x.device)
-    return zip(images.split(batch_size), views.to(x.device)[images].split(batch_size))
+    views = views.to(x.device)[images]
+    return zip(images.split(batch_size), views.split(batch_size))
 
 
 class CoOp(torch.nn.Module):
@@ -753,7 +765,7 @@ class CoOp(torch.nn.Module):
     context, say one shifted by an image's feature. `fit` trains every parameter of the subclass.
     """
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # as in load_clip
     def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end",
                  ctx_init=None, seed=0):
         super().__init__()
@@ -776,23 +788,26 @@ class CoOp(torch.nn.Module):
         shape = (M, model.ln_final.weight.shape[0])
         shape = (len(names), *shape) if class_specific else shape
         if words:
-            ctx = model.token_embedding(torch.tensor(words, device=device)).expand(shape).clone()
+            ctx = model.token_embedding(torch.tensor(words, device=device))  # (M, D)
+            ctx = ctx.expand(shape).clone()
         else:
             generator = torch.Generator("cpu").manual_seed(self.seed)
             ctx = 0.02 * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         self.ctx = torch.nn.Parameter(ctx.to(device))
 
         # the prompts (equation 2): the ids of the context vectors around the tokens of the name
-        before = {"end": M, "middle": M // 2, "front": 0}[class_position]
+        n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]
         prompts = []
         for k, name in enumerate(names):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = _tokenizer.encode(name + ".")
-            n = len(_tokenizer.encode(name))  # as published; ")." is one token, which stays with it
-            tokens = [*v[:before], *tokens[:n], *v[before:], *tokens[n:]]
+            # the name is counted without the period, as published: "bat (animal)." ends in the
+            # token ")." which stays behind the name
+            n = len(_tokenizer.encode(name))
+            tokens = [*v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:]]
             prompts.append(_prompt(model, tokens, name))
-        self._packs = pack_in_parts(prompts, device)
+        self.packed = pack(prompts, device)
 
     def _apply(self, fn, *args, **options):
         """to(), cuda(), half(), double(): refused if they would separate the context from CLIP."""
@@ -806,7 +821,7 @@ class CoOp(torch.nn.Module):
         ctx = self.ctx if ctx is None else ctx
         _check(ctx.shape == self.ctx.shape, f"a context of shape {tuple(ctx.shape)} instead of "
                f"{tuple(self.ctx.shape)}")
-        return encode_prompts(self.clip_model, self._packs, ctx)
+        return encode_prompts(self.clip_model, self.packed, ctx)
 
     def forward(self, image_features, text_features=None):
         """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
@@ -817,10 +832,11 @@ class CoOp(torch.nn.Module):
         return self.clip_model.logit_scale.exp() * cosines
 
     def loss(self, logits, labels, text_features):
-        """The training loss: cross-entropy, minus the log of equation 1 at the labels."""
+        """The training loss: cross-entropy, minus the log of equation 1 at the labels. A method of
+        your own may also use the text features (K, E), for instance to regularise them."""
         return F.cross_entropy(logits, labels)
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # also for a caller who switched gradients off
     @torch.enable_grad()
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
@@ -856,7 +872,7 @@ class CoOp(torch.nn.Module):
             self.interrupted_ = True
             print(f"interrupted after {len(self.history_['loss'])} of {epochs} epochs",
                   file=sys.stderr)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # leave no gradient behind
         return self
 
     def _note(self, losses, hits, lr):
@@ -882,7 +898,8 @@ class CoOp(torch.nn.Module):
     def score(self, image_features, labels):
         """Micro accuracy in [0, 1]: all images count alike."""
         predicted = self.predict(image_features)
-        return (predicted == _labels(self, labels, len(predicted))).double().mean().item()
+        hits = predicted == _labels(self, labels, len(predicted))
+        return hits.double().mean().item()
 
     @torch.no_grad()
     def nearest_words(self, k=3):
@@ -893,13 +910,14 @@ class CoOp(torch.nn.Module):
         """
         embedding = self.clip_model.token_embedding.weight
         result = []
-        for vector in self.ctx.flatten(0, -2):  # (D,)
-            distances, ids = torch.cdist(vector[None], embedding)[0].topk(k, largest=False)
-            words = [_tokenizer.decode([i]).strip() for i in ids.tolist()]
-            result.append(list(zip(words, distances.tolist())))
-        if not self.class_specific:
-            return result
-        return [result[i:i + self.n_ctx] for i in range(0, len(result), self.n_ctx)]
+        for ctx in self.ctx.reshape(-1, *self.ctx.shape[-2:]):  # (M, D)
+            distances, ids = torch.cdist(ctx, embedding).topk(k, largest=False)  # (M, k) each
+            of_class = []
+            for row, far in zip(ids.tolist(), distances.tolist()):
+                words = [_tokenizer.decode([i]).strip() for i in row]
+                of_class.append(list(zip(words, far)))
+            result.append(of_class)
+        return result if self.class_specific else result[0]
 
     def save(self, path):
         """Writes the context and what it needs (kilobytes; class-specific, K times as many)."""
@@ -909,7 +927,7 @@ class CoOp(torch.nn.Module):
         state = {"format": "mini-coop 1", "ctx": self.ctx.detach().cpu(), "seed": self.seed,
                  "classnames": list(map(str, self.classnames)),
                  "class_specific": self.class_specific, "class_position": self.class_position,
-                 "text_encoder": sha256_of(self.clip_model.state_dict(), "visual.")}
+                 "text_encoder": sha256_of(self.clip_model.state_dict(), skip="visual.")}
         state["sha256"] = _seal(state)
         with whole_file(path) as file:
             torch.save(state, file)
@@ -918,22 +936,24 @@ class CoOp(torch.nn.Module):
     def load(cls, path, model, classnames=None):
         """Reads a saved context for the CLIP that it was learned with. A unified one can be used
         with other class names. Raises ValueError for a damaged file and for another CLIP."""
+        _check_clip(model)
         path = Path(path).expanduser()
         with open(path, "rb") as file:
             try:
                 state = torch.load(file, "cpu", weights_only=True)
                 _check(state.get("format") == "mini-coop 1", "not written by CoOp.save")
                 ctx = state["ctx"]
-                _check(state.get("sha256") in (None, _seal(state)) and ctx.isfinite().all(),
-                       "it does not hold what was saved")
+                sealed = state.get("sha256") in (None, _seal(state))  # None: of before the seal
+                _check(sealed and ctx.isfinite().all(), "it does not hold what was saved")
                 options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
                 names = state["classnames"] if classnames is None else classnames
                 learned_with = state["text_encoder"]
             except Exception as error:  # a file that is not ours can raise anything
                 raise ValueError(f"{path} holds no context of ours, or is damaged: "
                                  + _reason(error)) from error
-        _check(learned_with == sha256_of(model.state_dict(), "visual."), f"{path} was learned with "
-               "another text encoder: load the CLIP that it was learned with")
+        same = learned_with == sha256_of(model.state_dict(), skip="visual.")
+        _check(same, f"{path} was learned with another text encoder: load the CLIP that it was "
+               "learned with")
         coop = cls(model, names, ctx.shape[-2], **options)
         _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
                f"{path} is class-specific: it serves only the {len(ctx)} classes that it was "
@@ -947,11 +967,12 @@ class CoOp(torch.nn.Module):
 def _seal(state):
     """The SHA-256 of a saved context and its settings."""
     settings = [(key, state[key]) for key in sorted(state) if key not in ("ctx", "sha256")]
-    return hashlib.sha256(f"{sha256_of({'ctx': state['ctx']})} {settings}".encode()).hexdigest()
+    text = f"{sha256_of({'ctx': state['ctx']})} {settings}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-if __name__ == "__main__":  # the main job
-    sys.modules["mini_coop"] = sys.modules["__main__"]  # which data/grid.py imports
+if __name__ == "__main__":  # python mini_coop.py: the main job, which imports this module
+    sys.modules["mini_coop"] = sys.modules["__main__"]
     sys.path.insert(0, str(data_folder()))
     from grid import main
     main()

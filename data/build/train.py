@@ -264,7 +264,8 @@ def contrastive_loss(model, batch, tokenizer, rng, device, half, visual=None):
     images = normalise(augment(images.to(device)))
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device, torch.bfloat16, enabled=half):
-        image = (visual or model.visual)(images).float()
+        encode_image = model.visual if visual is None else visual
+        image = encode_image(images).float()
         text = encode_text(model, tokenizer(captions, rng).to(device)).float()
     scale = model.logit_scale.exp()
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
