@@ -19,12 +19,14 @@ For the method read the last part, `CoOp`, and then "the text side"; what stands
 data, images and CLIP, and checks what users pass.
 """
 import hashlib
+import io
 import json
 import math
 import numbers
 import os
 import random
 import sys
+import tempfile
 import threading
 import warnings
 import zipfile
@@ -45,7 +47,9 @@ from tqdm.auto import tqdm
 with warnings.catch_warnings():  # clip-anytorch imports pkg_resources, which is deprecated
     warnings.simplefilter("ignore")
     import clip
-    from clip.clip import _MODELS, _tokenizer, _transform  # _MODELS: name -> address with SHA-256
+
+    # _MODELS: name -> address, in which the SHA-256 stands
+    from clip.clip import _MODELS, _download, _tokenizer, _transform
 
 __all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images",
            "zero_shot_weights", "linear_probe", "learning_rate", "n_epochs", "CoOp"]
@@ -56,6 +60,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 SOS = _tokenizer.encoder["<|startoftext|>"]
 EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
 CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i
+
+
+_ONE_AT_A_TIME = threading.Lock()  # a PIL image must not be read by two threads at once
 
 
 # ---------------------------------------------------------------- small helpers
@@ -129,6 +136,7 @@ def _opened(path, changed, process):  # the last two are there for the cache to 
 
 def _archive(path):
     """The zip archive at `path`, kept open by each process; a rewritten file is opened anew."""
+    path = path.resolve()
     try:
         return _opened(path, path.stat().st_mtime_ns, os.getpid())
     except (zipfile.BadZipFile, OSError) as error:
@@ -248,14 +256,14 @@ def _read_folders(root):
         for split, images in zip(splits, dealt):
             split.images.extend(images)
             split.labels.extend([label] * len(images))
-    # what a user might miss: folders without images, beside the splits, or misnamed splits
-    empty = []
-    for place in [root / part for part in parts] if in_splits else [root]:
-        others = [sub for sub in place.glob("[!._]*") if sub.is_dir() and sub.name not in classes]
-        empty += [sub.name for sub in others if any(sub.iterdir())]
-    if empty:
-        warnings.warn(f"{root}: no images in {', '.join(sorted(empty)[:5])} (read are "
-                      f"{', '.join(sorted(IMAGE_SUFFIXES))}): left out", stacklevel=3)
+    # what a user might miss: files that are not read, folders beside splits, misnamed splits
+    read = set().union(*(split.images for split in splits))
+    below = [path for path in root.glob("*/**/*") if path not in read and not hidden(path)]
+    unread = sorted(str(path) for path in below if not path.is_dir() or path.is_symlink())
+    if unread:
+        warnings.warn(f"{root}: {len(unread)} files are not read, first {', '.join(unread[:3])} "
+                      f"(read are {', '.join(sorted(IMAGE_SUFFIXES))} in class folders)",
+                      stacklevel=3)
     if in_splits and (beside := sorted(at_root - set(parts))):
         warnings.warn(f"{root}: beside train, val and test these folders are not read: "
                       + ", ".join(beside[:5]), stacklevel=3)
@@ -310,6 +318,7 @@ def open_image(image):
         if archive := next((parent for parent in source.parents if parent.is_file()), None):
             source = _archive(archive).open(source.relative_to(archive).as_posix())
         image = Image.open(source)
+    _check(image.format != "EPS", "a PostScript file, which is a program and is not run")
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # integers or floats, which PIL itself would cut off at 255
         values = np.asarray(image, np.float64)
@@ -350,6 +359,7 @@ def _pixels(image, preprocess, views, n_px, key):
     if views == 1:
         return preprocess(image)[None].float()
     rng = random.Random(os.fsencode(key))  # a file name need not be UTF-8
+    _check(hasattr(preprocess, "transforms"), "views need the transform that load_clip gives")
     to_tensor, normalise = preprocess.transforms[-2:]  # the end of CLIP's own transform
     crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
     return normalise(torch.stack(crops)).float()
@@ -363,6 +373,7 @@ def weights_file(name):
     return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
 
 
+@torch.random.fork_rng(devices=[])  # building a CLIP draws weights, which are overwritten
 @torch.inference_mode(False)  # what a caller's inference mode makes could not be trained with
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
@@ -383,6 +394,10 @@ def load_clip(name="mini", device=None):
     if name in _MODELS:
         file = weights_file(name)
         try:
+            if not file.is_file():  # which it becomes only when it is whole
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                    os.replace(_download(_MODELS[name], folder), file)
             model, _ = clip.load(name, "cpu", download_root=str(file.parent))  # checks the SHA-256
         except (OSError, RuntimeError) as error:  # no network; a wrong SHA-256
             raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by "
@@ -401,22 +416,25 @@ def _read_checkpoint(name):
     path = data_folder() / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
     _check(path.is_file(), f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
            f"{', '.join(_MODELS)}, nor a file")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()  # read once, so that what is checked is what is used
+    digest = hashlib.sha256(content).hexdigest()
+    file = io.BytesIO(content)
     try:
         _check(name != "mini" or digest == MINI_SHA256,
                "its SHA-256 is not the one we shipped; `git checkout data` restores it")
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+        file.seek(0)
         if any(member.endswith("/constants.pkl") for member in names):  # TorchScript
             _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not "
                    "OpenAI's could run code. Where you trust it, make a state dict of it: "
                    f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
-            state = torch.jit.load(path, "cpu").state_dict()
+            state = torch.jit.load(file, "cpu").state_dict()
         else:
-            state = torch.load(path, "cpu", weights_only=True)
+            state = torch.load(file, "cpu", weights_only=True)
         model = clip.model.build_model(dict(state)).float()  # which deletes from its dict
         # build_model went through float16: put the exact values back
         model.load_state_dict({key: state[key] for key in model.state_dict()})
-        finite = all(weight.isfinite().all() for weight in model.parameters())
+        finite = all(weight.isfinite().all() for weight in model.state_dict().values())
         _check(finite, "some weights are NaN or infinite")
         return model
     except Exception as error:  # a file that is no checkpoint can raise anything
@@ -454,6 +472,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     that read images, one per core if None. An image that cannot be read is named in a warning and
     becomes a row of NaN. Raises ValueError without images, RuntimeError if the model gives NaN.
     """
+    _check_clip(model)
     images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     _check(images, "no images to encode")
     _check_images(images)
@@ -467,10 +486,9 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     names = [i if isinstance(image, Image.Image) else Path(image).name
              for i, image in enumerate(images)]
     unreadable = {}  # place -> what is wrong
-    one_at_a_time = threading.Lock()  # a PIL image must not be read by two threads at once
 
     def pixels_of(i):  # (A, 3, n_px, n_px)
-        guard = one_at_a_time if isinstance(images[i], Image.Image) else nullcontext()
+        guard = _ONE_AT_A_TIME if isinstance(images[i], Image.Image) else nullcontext()
         try:
             with guard:
                 image = open_image(images[i])
@@ -546,8 +564,11 @@ def _context_words(model, ctx_init):
 def _features(coop, features, views=False):
     """Image features on the context's device in float32, or one clear error."""
     E = coop.clip_model.text_projection.shape[1]
-    features = features if torch.is_tensor(features) else _array(features)
-    x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
+    try:
+        features = features if torch.is_tensor(features) else _array(features)
+        x = torch.as_tensor(features).detach().to(coop.ctx.device, torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError("image features are numbers, from encode_images") from error
     shapes = f"(N, {E}) or (N, views, {E})" if views else f"(N, {E})"
     fits = x.ndim in ((2, 3) if views else (2,)) and x.shape[-1] == E and x.numel()
     _check(fits, f"image features must be {shapes}, not {tuple(x.shape)}: are they from "
@@ -944,7 +965,8 @@ class CoOp(torch.nn.Module):
                 _check(state.get("format") == "mini-coop 1", "not written by CoOp.save")
                 ctx = state["ctx"]
                 sealed = state.get("sha256") in (None, _seal(state))  # None: of before the seal
-                _check(sealed and ctx.isfinite().all(), "it does not hold what was saved")
+                whole = sealed and ctx.ndim in (2, 3) and ctx.isfinite().all()
+                _check(whole, "it does not hold what was saved")
                 options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
                 names = state["classnames"] if classnames is None else classnames
                 learned_with = state["text_encoder"]

@@ -19,6 +19,13 @@ from mini_coop import (
 )
 
 
+def hardware(device):
+    """The card's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def main(name="mini", device=None):
     """Prints versions, device, what is found and two steps of training; False if they go wrong."""
     found = [model for model in clip.available_models() if weights_file(model).is_file()]

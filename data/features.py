@@ -17,10 +17,12 @@ def digest(*key):
 
 
 def stamp(image):
-    """What an image's features depend on: its path, its file's (or archive's) size and time."""
+    """What an image's features depend on: its path; its file's (or archive's) size and time, and
+    whether it may be read."""
     path = Path(os.path.abspath(image))
     file = next((p for p in (path, *path.parents) if p.is_file()), None)
-    return str(path), file and (file.stat().st_size, file.stat().st_mtime_ns)
+    readable = os.access(file, os.R_OK) if file else False
+    return str(path), file and (file.stat().st_size, file.stat().st_mtime_ns, readable)
 
 
 def effect(preprocess):
@@ -56,3 +58,12 @@ def cached_features(folder, model, preprocess, images, views=1):
         except (OSError, RuntimeError) as error:  # no space: torch says RuntimeError
             warnings.warn(f"the features could not be kept in {folder} ({error})", stacklevel=2)
     return features
+
+
+def result_key(model, preprocess, data, options):
+    """What the results on a data set depend on: weights, images, labels, names and options."""
+    key = [sha256_of(model.state_dict()), effect(preprocess), data.classnames, options]
+    splits = {"train": data.train, "val": data.val, "test": data.test, **data.domains}
+    for name, split in splits.items():
+        key += [name, split.labels, *map(stamp, split.images)]
+    return digest(key)

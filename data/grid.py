@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 import check
 import mini_coop
-from features import cached_features, digest, effect, stamp
-from mini_coop import CoOp, few_shot, linear_probe, sha256_of, whole_file, zero_shot_weights
+from features import cached_features, result_key
+from mini_coop import CoOp, few_shot, linear_probe, whole_file, zero_shot_weights
 from options import arguments, run_folder, writable_folder
 from report import METHODS, TEMPLATES, average_table, figure, save
 
@@ -39,13 +39,15 @@ class Grid:
     def __init__(self, model, preprocess, data, folder, args):
         if not data.train.images or not data.test.images:
             part = "test" if data.train.images else "training"
-            raise ValueError(f"{data.name} has no {part} images: the comparison needs both")
+            raise ValueError(f"{data.name} has no {part} images: the comparison needs both (of "
+                             "folders without train/ and test/, a class gives some from 4 on)")
         self.model = model
         self.preprocess = preprocess
         self.data = data
         self.folder = folder
         self.args = args
-        self.epochs = args.epochs or (50 if data.name == "imagenet" else None)
+        papers = 50 if data.name == "imagenet" else None  # None: by shots
+        self.epochs = papers if args.epochs is None else args.epochs
         self.left_out = set()  # images that cannot be read
         self.tests = {"test": data.test, **data.domains}
         methods = {"yes": METHODS[::2], "no": METHODS[:2], "both": METHODS}[args.class_specific]
@@ -57,17 +59,16 @@ class Grid:
                 self.picks[n, seed] = few_shot(data.train.labels, n, seed, data.val.labels)
                 self.cells += [Cell(method, n, seed) for method in self.methods]
         options = args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views
-        key = [sha256_of(model.state_dict()), effect(preprocess), data.classnames, options]
-        for split in (data.train, data.val, *self.tests.values()):
-            key += [split.labels, *map(stamp, split.images)]
-        self.key = digest(key)
+        self.key = result_key(model, preprocess, data, options)
 
     def finished(self, cell):
         """A finished cell's accuracies {split: %}, or None."""
         try:
             kept = json.loads(cell.path(self.folder, ".json").read_text())
-            whole = kept["key"] == self.key and kept["context"] == self.context_hash(cell)
-            return kept["accuracy"] if whole else None
+            if kept["key"] != self.key or kept["context"] != self.context_hash(cell):
+                return None
+            self.left_out |= set(kept["left_out"])
+            return kept["accuracy"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -81,7 +82,8 @@ class Grid:
         if coop is not None:
             coop.save(cell.path(self.folder, ".pt"))
         with whole_file(cell.path(self.folder, ".json")) as file:
-            kept = {"key": self.key, "context": self.context_hash(cell), "accuracy": accuracy}
+            kept = {"key": self.key, "context": self.context_hash(cell), "accuracy": accuracy,
+                    "left_out": sorted(self.left_out)}
             file.write(json.dumps(kept).encode())
         return accuracy
 
@@ -105,29 +107,27 @@ class Grid:
         return torch.stack([features[i] for i in indices]), labels
 
     def accuracies(self, scores):
-        """scores: features (N, E) -> (N, K). Returns {split: %}.
-
-        A domain of less than half of the classes is a task of those (ImageNet-A and -R)."""
+        """{split: %} of scores: features (N, E) -> (N, K). A domain of less than half of the
+        classes is a task of those (ImageNet-A and -R)."""
         K = len(self.data.classnames)
         result = {}
         for name, (x, y) in self.test_features.items():
-            few = name != "test" and 2 * len(y.unique()) < K
+            few = name != "test" and 1 < len(y.unique()) < K / 2
             classes = y.unique() if few else torch.arange(K)
             predicted = classes[scores(x).cpu()[:, classes].argmax(1)]
             result[name] = 100 * (predicted == y).double().mean().item()
         return result
 
-    def plan(self):
-        """Prints how much there is to do, encodes the images for it -> the cells to be run."""
-        todo = [cell for cell in self.cells if self.finished(cell) is None]
+    def prepare(self, todo):
+        """Prints how much there is to do, and encodes the images for it."""
         steps = 0
         train = set()
         val = set()
-        for cell in todo:
+        for cell in self.cells if todo else []:  # all: the same after an interruption
             picks = self.picks[cell[1:]]
             train |= set(picks[0])
             val |= set(picks[1])
-            if cell.method != "linear probe":
+            if cell in todo and cell.method != "linear probe":
                 steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
         n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
         if other := sum(cell.path(self.folder, ".json").exists() for cell in todo):
@@ -138,27 +138,23 @@ class Grid:
               f"steps, {n_images:,} images", flush=True)
         self.train = self.encode(self.data.train, sorted(train))
         self.val = self.encode(self.data.val, sorted(val))
-        self.views = self.train
-        if self.args.views > 1:
-            self.views = self.encode(self.data.train, sorted(train), self.args.views)
+        self.views = self.encode(self.data.train, sorted(train), self.args.views)
         self.test_features = {}
         for name, split in self.tests.items():
             everything = range(len(split.images))
             encoded = self.encode(split, everything)
             self.test_features[name] = self.gather(split, encoded, everything)
-        return todo
 
     def n_epochs(self, cell):
-        return self.epochs or mini_coop.n_epochs(cell.shots)
+        return mini_coop.n_epochs(cell.shots) if self.epochs is None else self.epochs
 
     def run(self, cell):
         train, val = self.picks[cell[1:]]
         if cell.method == "linear probe":
             probe = linear_probe(*self.gather(self.data.train, self.train, train),
                                  *self.gather(self.data.val, self.val, val))
-            # it may have seen some of the classes only
-            K = len(self.data.classnames)
-            columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()
+            seen = torch.from_numpy(probe.classes_)  # it may be some of the classes only
+            columns = F.one_hot(seen, len(self.data.classnames)).double()
 
             def scores(x):
                 return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
@@ -186,18 +182,17 @@ class Grid:
 
     def results(self):
         """Runs what is not finished; returns what results.json holds, accuracies in %."""
-        todo = self.plan()
         done = {cell: self.finished(cell) for cell in self.cells}
+        todo = [cell for cell in self.cells if done[cell] is None]
+        self.prepare(todo)
         zero_shot = self.zero_shot()
         bar = tqdm(todo, desc=self.data.name, disable=not todo)
         for cell in bar:
             bar.set_postfix_str(f"{cell.method}, {cell.shots} shots, seed {cell.seed}")
             done[cell] = self.run(cell)
-        few = {}
-        for method in self.methods:
-            few[method] = {}
-            for n in self.args.shots:
-                few[method][str(n)] = [done[Cell(method, n, seed)] for seed in self.args.seeds]
+        few = {method: {str(n): [] for n in self.args.shots} for method in self.methods}
+        for cell in self.cells:
+            few[cell.method][str(cell.shots)].append(done[cell])
         return {"template": self.data.template, "zero_shot": zero_shot, "few_shot": few,
                 "images_left_out": sorted(self.left_out)}
 
@@ -207,9 +202,7 @@ class Grid:
 def one(model, preprocess, data, folder, args):
     """Runs one data set's grid; prints its tables, saves results.json and figure.png."""
     start = time.perf_counter()
-    device = model.text_projection.device
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    where = check.hardware(model.text_projection.device)
     print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; "
           f"CLIP {args.model} on {where}", flush=True)
     if not data.val.images:

@@ -48,20 +48,23 @@ def published(settings, method):
     """The paper's figures {shots: {data set: %}} of a method, {} unless the setting is the same."""
     tables = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     same = (settings["n_ctx"] == 16 or method == "linear probe") and not settings["ctx_init"]
-    if not same or settings["epochs"] or settings["model"] not in tables:
+    if not same or settings["epochs"] is not None or settings["model"] not in tables:
         return {}
     key = method if method == "linear probe" else f"{method}, {settings['class_position']}"
     return tables[settings["model"]].get(key if method != "zero-shot" else method, {})
 
 
-def published_domains(settings, method, domains):
-    """The paper's Table 1: {domain: %} for a setting of it, else {}."""
+def published_domains(settings, method, domains, shots):
+    """The paper's Table 1, of 16 shots: {domain: %} for a setting of it, else {}."""
     tables = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     table = tables["domains"].get(settings["model"])
-    name = f"CoOp M={settings['n_ctx']}" if method == "CoOp unified" else method
-    same = settings["class_position"] == "end" and not settings["epochs"]
-    same = same and bool(settings["ctx_init"]) == (settings["n_ctx"] == 4)
-    if not table or name not in table or (method == "CoOp unified" and not same):
+    name = method
+    if method == "CoOp unified":
+        M = {None: settings["n_ctx"], "a photo of a": 4}.get(settings["ctx_init"])
+        name = f"CoOp M={M}" if (M == 4) == bool(settings["ctx_init"]) else "another start"
+    same = settings["class_position"] == "end" and settings["epochs"] is None
+    other = method == "CoOp unified" and not same
+    if not table or name not in table or other or shots not in ("0", "16"):
         return {}
     row = dict(zip(tables["domains"]["columns"], table[name]))
     return {domain: row[domain] for domain in domains if domain in row}
@@ -96,9 +99,14 @@ def table(result, name):
             lines.append(line("  the paper", values) + note)
     domains = list(result["zero_shot"][result["template"]])[1:]
     if domains:
-        lines += ["", f"domains, {shots[-1]} shots", line("", domains)]
+        lines += ["", f"domains, {shots[-1]} shots", line("", domains, wide(domains))]
         lines += domain_lines(result, domains, shots[-1])
     return "\n".join(lines)
+
+
+def wide(names):
+    """The width of columns that are headed by names."""
+    return max(12, 2 + max(map(len, names)))
 
 
 def domain_lines(result, domains, shots):
@@ -106,11 +114,11 @@ def domain_lines(result, domains, shots):
     lines = []
     for template in dict.fromkeys([result["template"], "a photo of a {}."]):
         row = result["zero_shot"][template]
-        lines.append(line(template, [f"{row[d]:.1f}" for d in domains]))
+        lines.append(line(template, [f"{row[d]:.1f}" for d in domains], wide(domains)))
     for method, row in result["few_shot"].items():
-        lines.append(line(method, [spelled(row[shots], d) for d in domains]))
-        if theirs := published_domains(result["settings"], method, domains):
-            lines.append(line("  the paper", [theirs.get(d, "") for d in domains]))
+        lines.append(line(method, [spelled(row[shots], d) for d in domains], wide(domains)))
+        if theirs := published_domains(result["settings"], method, domains, shots):
+            lines.append(line("  the paper", [theirs.get(d, "") for d in domains], wide(domains)))
     return lines
 
 
@@ -145,7 +153,8 @@ def panel(ax, title, shots, curves, star, paper=()):
         ax.errorbar(places, means, spreads, fmt=style, color=color, capsize=3, label=method)
     for method, means in paper:
         ax.plot(places, means, ":", color=STYLES[method][0], label=f"{method}, the paper's average")
-    ax.set_title(title, fontsize=11, parse_math=False)  # a name may hold $
+    printable = title.encode(errors="replace").decode()  # a folder's name need not be UTF-8
+    ax.set_title(printable, fontsize=11, parse_math=False)  # and may hold $
     ax.set_xticks(range(len(shots) + 1), [0, *shots])
     ax.set_xlabel("labelled images per class (shots)")
     ax.set_ylabel("test accuracy, %")
@@ -181,8 +190,11 @@ def figure(results, title, path):
         panel(ax, name, shots, curves, declared(result))
     for ax in axes[n_panels:]:
         ax.axis("off")
-    handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
+    legend = {}  # a method may be in some panels only
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
+    fig.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, fontsize=9)
     with whole_file(path) as file:
         fig.savefig(file, format="png", dpi=100)
 

@@ -103,7 +103,7 @@ def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(clip, "load", offline)
+    monkeypatch.setattr(mini_coop, "_download", offline)
     message = r"no network.*clip.ViT-L-14-336px.pt.*'mini', which needs no download"
     with pytest.raises(RuntimeError, match=message):
         load_clip("ViT-L/14@336px")
@@ -124,6 +124,25 @@ def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
         pytest.raises(RuntimeError, match="SHA256.*RN50.pt .from https://.*'mini'"),
     ):
         load_clip("RN50", "cpu")
+
+
+def test_a_download_that_is_cut_off_leaves_no_file(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.setattr(mini_coop, "weights_file", lambda name: tmp_path / "clip/RN50.pt")
+    seen = []
+
+    class Answer(io.BytesIO):
+        def info(self):
+            return {"Content-Length": "9"}
+
+        def read(self, *args):
+            seen.append((tmp_path / "clip/RN50.pt").exists())
+            return super().read(*args)
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url: Answer(b"half"))
+    with pytest.raises(RuntimeError, match="could not download"):
+        load_clip("RN50", "cpu")
+    assert seen and not any(seen) and os.listdir(tmp_path / "clip") == []
 
 
 class Malicious:
@@ -192,3 +211,18 @@ def test_an_installation_without_data_says_what_to_do(monkeypatch, tmp_path):
     for load in (load_clip, lambda: mini_coop.load_dataset("styles")):
         with pytest.raises(ValueError, match="pip install -e"):
             load()
+
+
+def test_loading_leaves_the_callers_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load_clip("mini", "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_statistics_that_are_not_finite_are_damage(tiny, tmp_path):
+    state = {key: value.clone() for key, value in tiny[0].state_dict().items()}
+    state["visual.bn1.running_var"][0] = float("inf")
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_clip(tmp_path / "clip.pt", "cpu")

@@ -668,3 +668,9 @@ def test_save_writes_through_a_link(tiny, tmp_path):
     (tmp_path / "link.pt").symlink_to(tmp_path / "real/context.pt")
     CoOp(tiny[0], ["a", "b"], 2).save(tmp_path / "link.pt")
     assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "real/context.pt").is_file()
+
+
+@pytest.mark.parametrize("features", [["a.jpg"], [object()]])
+def test_features_that_are_no_numbers(tiny, features):
+    with pytest.raises(ValueError, match="image features are numbers"):
+        CoOp(tiny[0], ["a", "b"], 2).predict(features)

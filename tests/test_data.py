@@ -398,7 +398,7 @@ def test_a_class_folder_without_readable_images_is_named(tmp_path):
     (tmp_path / "fox").mkdir()
     (tmp_path / "fox/a.heic").write_bytes(b"another format")
     (tmp_path / "cat/folder.jpg").mkdir()
-    with pytest.warns(UserWarning, match="no images in fox"):
+    with pytest.warns(UserWarning, match="files are not read, first .*fox"):
         data = load_dataset(tmp_path)
     assert data.classnames == ["cat", "dog"]
     assert len(data.train.images + data.val.images + data.test.images) == 8
@@ -559,3 +559,51 @@ def test_zero_shot_is_what_the_card_says(mini):
     assert declared > 79
     assert declared - scores["a photo of a {}."] > 30
     assert declared - min(scores.values()) > 55
+
+
+def test_a_postscript_file_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(ValueError, match="PostScript"):
+        open_image(tmp_path / "a.png")
+
+
+def test_files_that_are_not_read_are_told_of(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(4):
+            picture(tmp_path / name / f"{i}.png")
+    (tmp_path / "README.txt").write_text("not worth a word")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_dataset(tmp_path)
+    (tmp_path / "cat/9.png").symlink_to("/nowhere/9.png")
+    (tmp_path / "dog/8.jfif").write_bytes(b"another suffix")
+    with pytest.warns(UserWarning, match="2 files are not read, first .*9.png, .*8.jfif"):
+        load_dataset(tmp_path)
+
+
+def test_archives_of_one_name_in_two_folders(tmp_path, monkeypatch):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "x.png")
+        with zipfile.ZipFile(tmp_path / name / "images.zip", "w") as archive:
+            archive.write(tmp_path / "x.png", "x.png")
+        os.utime(tmp_path / name / "images.zip", (1, 1))
+    colours = []
+    for name in ("a", "b"):
+        monkeypatch.chdir(tmp_path / name)
+        colours.append(open_image("images.zip/x.png").getpixel((0, 0)))
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_clip_that_is_training_encodes_nothing(tiny):
+    model = copy.deepcopy(tiny[0]).train()
+    before = model.visual.bn1.running_mean.clone()
+    for wrong in (model, tiny):
+        with pytest.raises(ValueError, match="frozen, in eval mode|a CLIP is needed"):
+            encode_images(wrong, tiny[1], [Image.new("RGB", (8, 8))], progress=False)
+    assert torch.equal(model.visual.bn1.running_mean, before)
+
+
+def test_views_need_clips_own_transform(tiny):
+    with pytest.raises(ValueError, match="the transform that load_clip gives"):
+        encode_images(tiny[0], lambda image: image, [Image.new("RGB", (8, 8))], 2, progress=False)

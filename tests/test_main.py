@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import features
 import grid
 import mini_coop
 import options
@@ -156,7 +157,7 @@ def test_a_finished_cell_is_kept_and_a_damaged_one_is_run(tmp_path, capsys, monk
     assert calls[9:] == [16] and "or damaged: run again" in capsys.readouterr().out
     grid.main([*command, "--class-position", "front"])  # another setting has a folder of its own
     assert len(calls) == 10 + 8 and results_of(folder)["few_shot"] == first["few_shot"]
-    monkeypatch.setattr(grid, "sha256_of", lambda *args: "other weights")
+    monkeypatch.setattr(features, "sha256_of", lambda *args: "other weights")
     grid.main(command)
     assert len(calls) == 18 + 8
 
@@ -214,6 +215,8 @@ def test_the_papers_figures_stand_beside_the_same_setting_only():
         text = report.table(result_like({**SETTINGS, **other}), "imagenet")
         assert "62.95" not in text and "22.12" not in text, other
     assert "91.83" in report.table(result_like(SETTINGS), "caltech101")
+    one_shot = report.table(result_like(SETTINGS, ("1",)), "imagenet")
+    assert "57.15" in one_shot and "22.12" not in one_shot  # Table 1 is of 16 shots
 
 
 def test_the_papers_average_stands_beside_ours(tmp_path):
@@ -345,3 +348,70 @@ def test_cuda_is_used_where_there_is_one():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     assert next(load_clip()[0].parameters()).is_cuda
+
+
+def test_zero_epochs_are_untrained_contexts(tmp_path, mini):
+    command = "--dataset styles --shots 1 --seeds 2 --n-ctx 4 --epochs 0 --class-specific no"
+    grid.main([*command.split(), "--out", str(tmp_path)])
+    few = results_of(tmp_path / "mini_styles_M4_0-epochs")["few_shot"]
+    data = mini_coop.load_dataset("styles")
+    x = mini_coop.encode_images(*mini, data.test.images, progress=False)
+    untrained = mini_coop.CoOp(mini[0], data.classnames, 4, seed=2).score(x, data.test.labels)
+    assert few["CoOp unified"]["1"][0]["test"] == pytest.approx(100 * untrained, abs=0.5)
+
+
+def folder_of(path, names, images=6):
+    for k, name in enumerate(names):
+        for i in range(images):
+            (path / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (80 * k, 20 * i, 99)).save(path / name / f"{i}.png")
+
+
+def test_images_left_out_are_still_told_of_after_a_resume(tmp_path, capsys):
+    folder_of(tmp_path / "photos", ("cat", "dog"), images=12)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name / "3.png").write_bytes(b"broken")
+    command = ["--dataset", str(tmp_path / "photos"), "--shots", "4", "--seeds", "1", *SMALL,
+               "--out", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="cannot be read"):
+        grid.main(command)
+    first = results_of(tmp_path / "out/mini_photos_M1_1-epochs")["images_left_out"]
+    assert first and "plan: 3 of 3" in capsys.readouterr().out
+    grid.main(command)
+    assert "plan: 0 of 3" in capsys.readouterr().out
+    assert results_of(tmp_path / "out/mini_photos_M1_1-epochs")["images_left_out"] == first
+
+
+def test_domains_of_other_names_are_run_again(tmp_path, capsys):
+    folder_of(tmp_path / "photos", ("cat", "dog"))
+    rows = [[f"{name}/{i}.png", k] for k, name in enumerate(("cat", "dog")) for i in range(6)]
+    data = {"classnames": ["cat", "dog"], "template": "a {}.",
+            "splits": {"train": rows, "val": rows, "test": rows}}
+    file = tmp_path / "photos/dataset.json"
+    command = ["--dataset", str(tmp_path / "photos"), "--shots", "1", "--seeds", "1", *SMALL,
+               "--out", str(tmp_path / "out")]
+    for domains in ({"a": rows, "b": rows[:8]}, {"b": rows, "a": rows[:8]}, {"a": rows, "c": rows}):
+        file.write_text(json.dumps({**data, "domains": domains}))
+        grid.main(command)
+        assert "plan: 3 of 3 cells" in capsys.readouterr().out
+
+
+def test_the_tilde_is_no_way_around_the_check_of_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder_of(tmp_path / "photos", ("cat", "dog"))
+    with pytest.raises(SystemExit):
+        grid.main(["--dataset", "~/photos", "--out", "~/photos/runs", *SMALL])
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_words_set_the_number_of_vectors(tmp_path):
+    args = options.arguments(["--ctx-init", "a photo of a", "--n-ctx", "7"])
+    other = options.arguments(["--ctx-init", "a photo of a"])
+    assert args.n_ctx is None and vars(args) == vars(other)
+
+
+def test_a_figure_of_odd_names_and_of_some_methods(tmp_path):
+    both = result_like(SETTINGS, ("1", "16"), ())
+    some = {**both, "few_shot": {"CoOp unified": both["few_shot"]["CoOp unified"]}}
+    report.figure({"latin\udce9 $x": some, "b": both}, "CLIP", tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size[0] > 600
