@@ -327,8 +327,8 @@ def test_the_code_in_readme_runs(tmp_path, capsys, monkeypatch):
     prompt and one labelled image."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert len(blocks) == 3
-    assert len(blocks[1].splitlines()) == 2 and len(blocks[2].splitlines()) == 5
+    assert len(blocks) == 2
+    assert len(blocks[0].splitlines()) == 10 and len(blocks[1].splitlines()) == 3
     for name, colour in (("cat", (220, 30, 30)), ("dog", (30, 30, 220))):
         (tmp_path / "path/to/photos" / name).mkdir(parents=True)
         for i in range(12):
@@ -336,10 +336,9 @@ def test_the_code_in_readme_runs(tmp_path, capsys, monkeypatch):
             Image.new("RGB", (70, 64), shade).save(tmp_path / "path/to/photos" / name / f"{i}.jpg")
     Image.new("RGB", (70, 64), (225, 35, 35)).save(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
-    training = blocks[0][blocks[0].index("chosen ="):]
-    parts = [blocks[0].split("\n\n")[0], blocks[1], training, blocks[2]]
+    code = "\n".join(blocks).replace('"actions"', '"path/to/photos"')
     with pytest.warns(UserWarning, match="fewer than 16 training images"):
-        exec("\n".join(parts).replace("ViT-B/16", "mini"), {})
+        exec(code, {})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "accuracy 100.0%" and out[-1].startswith("cat ")
 

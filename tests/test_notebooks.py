@@ -18,8 +18,11 @@ import mini_coop
 NOTEBOOKS = mini_coop.DATA.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("0*.ipynb"))
-sys.path.insert(0, str(NOTEBOOKS / "solutions"))
+sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "solutions")]
+import lessons  # noqa: E402
+
 import cut  # noqa: E402
+import grade  # noqa: E402
 
 
 def test_exercises_are_cut_out_of_their_solutions():
@@ -27,7 +30,9 @@ def test_exercises_are_cut_out_of_their_solutions():
     assert cut.main(check=True) == []
     for path in SOLUTIONS:
         cells = nbformat.read(path, 4).cells
-        assert sum(cell.source.startswith("### Exercise") for cell in cells) == 3
+        exercises = sum(cell.source.startswith("### Exercise") for cell in cells)
+        assert exercises == len(grade.checks_of(nbformat.read(path, 4))) >= 3
+        assert any(cell.source.startswith("### Open questions") for cell in cells)
 
 
 def has_figure(cell):
@@ -88,3 +93,53 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
     notebook = nbformat.read(path, 4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert os.listdir(tmp_path) == []  # and it leaves nothing behind
+
+
+def notebook_of(*sources):
+    """A small lesson: each source a code cell; those with a mark or a check are an exercise."""
+    cells = []
+    for source in sources:
+        tags = ["exercise"] if cut.MARK in source or "answered" in source else []
+        cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def test_what_is_handed_in_is_graded(tmp_path):
+    start = f"import sys; sys.path.append({str(NOTEBOOKS)!r}); import lessons"
+    checks = []
+    for n in (1, 2, 3):
+        checks.append(f"if lessons.answered({n}, x{n}):\n    assert x{n} == {n}")
+    answers = ["x1 = None", "x2 = None", "x3 = None"]
+    solution = notebook_of(start, *checks)
+    answers = [f"{answer}\n{cut.MARK}\n" for answer in answers]
+    answers[0] += "x1 = 1"
+    answers[1] += "x2 = 3"
+    # a check that the student has softened is replaced by ours
+    softened = "if lessons.answered(2, x2):\n    pass"
+    cells = [answers[0], checks[0], answers[1], softened, answers[2], checks[2]]
+    path = tmp_path / "lesson.ipynb"
+    nbformat.write(notebook_of(start, *cells), path)
+    assert grade.grade(path, solution) == ["right", "wrong", "empty"]
+    assert grade.grade(tmp_path / "nothing.ipynb", solution) == ["-"] * 3
+    nbformat.write(notebook_of(start), path)
+    with pytest.raises(ValueError, match="0 check cells instead of 3"):
+        grade.grade(path, solution)
+
+
+def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
+    monkeypatch.delenv("MINI_COOP_STRICT", raising=False)
+    assert lessons.answered(1, 0, []) and not lessons.answered(2, 1, None)
+    assert capsys.readouterr().out == "exercise 2 is waiting for you\n"
+    monkeypatch.setenv("MINI_COOP_STRICT", "1")
+    with pytest.raises(AssertionError, match="exercise 2 is empty"):
+        lessons.answered(2, None)
+
+
+def test_slides_are_the_figures_of_the_lessons(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINI_COOP_DPI", "90")
+    plot = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"
+    nbformat.write(notebook_of("print(1)", plot, plot), tmp_path / "one.ipynb")
+    lessons.slides(tmp_path / "slides", [tmp_path / "one.ipynb"])
+    names = ["one_1.png", "one_2.png"]
+    assert sorted(os.listdir(tmp_path / "slides")) == names
+    assert Image.open(tmp_path / "slides/one_1.png").size[0] > 100
