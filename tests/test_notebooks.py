@@ -19,10 +19,9 @@ NOTEBOOKS = mini_coop.DATA.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("0*.ipynb"))
 sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "solutions")]
-import lessons  # noqa: E402
-
 import cut  # noqa: E402
 import grade  # noqa: E402
+import lessons  # noqa: E402
 
 
 def test_exercises_are_cut_out_of_their_solutions():
