@@ -61,7 +61,6 @@ SOS = _tokenizer.encoder["<|startoftext|>"]
 EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
 CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i
 
-
 _ONE_AT_A_TIME = threading.Lock()  # a PIL image must not be read by two threads at once
 
 
@@ -388,7 +387,7 @@ def load_clip(name="mini", device=None):
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu', or 'cuda' where "
                          "torch sees a GPU") from error
     if name in _MODELS:

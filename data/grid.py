@@ -190,9 +190,9 @@ class Grid:
         for cell in bar:
             bar.set_postfix_str(f"{cell.method}, {cell.shots} shots, seed {cell.seed}")
             done[cell] = self.run(cell)
-        few = {method: {str(n): [] for n in self.args.shots} for method in self.methods}
+        few = {method: {} for method in self.methods}
         for cell in self.cells:
-            few[cell.method][str(cell.shots)].append(done[cell])
+            few[cell.method].setdefault(str(cell.shots), []).append(done[cell])
         return {"template": self.data.template, "zero_shot": zero_shot, "few_shot": few,
                 "images_left_out": sorted(self.left_out)}
 
