@@ -617,15 +617,17 @@ def _recipe(labels, epochs, lr, batch_size):
 # rows, each with a copy of the trunk: a batch like any other. This is exact, gradients too.
 # Shapes: R rows of L tokens, the first P of which are the trunk.
 
-def pack(prompts, device, row=256, part=24):
+def pack(prompts, device, row=None, part=6400):
     """K prompts, lists of token ids -> (parts, order).
 
-    A part is up to `part` rows: tokens (R, L), position (R, L), visible (R, 1, L, L), which says
-    whether token i of a row sees token j, and eot, the places of the ends in the flattened rows.
-    order (K,): of each prompt, its place among all ends. row: tokens of branches in a row."""
+    A part is up to `part` tokens in rows of one length: tokens (R, L), position (R, L), visible
+    (R, 1, L, L), which says whether token i of a row sees token j, and eot, the places of the ends
+    in the flattened rows. order (K,): of each prompt, its place among all ends. row: tokens of
+    branches in a row; short rows cost less attention, long ones repeat the trunk less often."""
     K = len(prompts)
     shared = len(os.path.commonprefix(prompts))  # it takes lists, too
     P = min(shared, min(map(len, prompts)) - 1)  # of prompts that are all equal, not the EOT
+    row = row or 72 + 8 * P
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row)
     by_length = sorted(range(K), key=lambda k: len(prompts[k]))
     rows = []
@@ -639,9 +641,10 @@ def pack(prompts, device, row=256, part=24):
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
     visible = visible.tril()[:, None]
+    per_part = max(1, part // tokens.shape[1])
     parts = []
-    for r in range(0, n_rows, part):
-        some = slice(r, r + part)
+    for r in range(0, n_rows, per_part):
+        some = slice(r, r + per_part)
         eot = (tokens[some] == EOT).flatten().nonzero()[:, 0]
         parts.append((tokens[some], position[some], visible[some], eot))
     return parts, owner[tokens == EOT].argsort()

@@ -25,7 +25,7 @@ NAMES = ["cat", "a_very_long_name of an outdoor apartment building with a swimmi
 
 
 # one row; several rows; several parts, which are computed again in the backward pass
-@pytest.mark.parametrize("part, row", [(24, 500), (24, 16), (2, 16)])
+@pytest.mark.parametrize("part, row", [(9999, 500), (9999, 16), (60, 16)])
 @pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
@@ -48,7 +48,7 @@ def test_equal_to_the_77_token_way(
     shape = (len(NAMES), n_ctx, 128) if class_specific else (n_ctx, 128)
     assert coop.n_ctx == n_ctx and coop.ctx.shape == shape
     parts, _ = coop.packed
-    assert (len(parts) > 1) == (part == 2)
+    assert (len(parts) > 1) == (part == 60)
     assert (len(parts[0][0]) > 1) == (row == 16)
     target = torch.randn(len(NAMES), 32, generator=torch.Generator().manual_seed(0))
     ours = coop.text_features()
@@ -56,7 +56,7 @@ def test_equal_to_the_77_token_way(
     assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
     (ours_gradient,) = torch.autograd.grad((ours * target).sum(), coop.ctx)
     (gradient,) = torch.autograd.grad((theirs * target).sum(), coop.ctx)
-    assert gradient.abs().max() > 0 and bool(again) == (part == 2)
+    assert gradient.abs().max() > 0 and bool(again) == (part == 60)
     assert torch.allclose(ours_gradient, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0)
 
 
