@@ -34,7 +34,16 @@ def spelled(rows, split="test"):
 def average_over_tasks(results, method, shots):
     """A method's accuracy averaged over data sets, per seed: rows for mean_std and spelled."""
     per_task = [r["few_shot"][method][shots] for r in results.values()]
-    return [{"test": mean(row["test"] for row in seeds)} for seeds in zip(*per_task)]
+    averages = []
+    for seeds in zip(*per_task):
+        averages.append({"test": mean(row["test"] for row in seeds)})
+    return averages
+
+
+def shared_methods(results):
+    """The methods that every data set has."""
+    shared = set.intersection(*[set(r["few_shot"]) for r in results.values()])
+    return [method for method in METHODS if method in shared]
 
 
 def declared(result, split="test"):
@@ -55,18 +64,19 @@ def published(settings, method):
 
 
 def published_domains(settings, method, domains, shots):
-    """The paper's Table 1, of 16 shots: {domain: %} for a setting of it, else {}."""
+    """The paper's Table 1, {domain: %}, where the setting is one of it, else {}: 16 shots, and of
+    CoOp the unified form, M = 16 from random vectors or M = 4 from "a photo of a"."""
     tables = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-    table = tables["domains"].get(settings["model"])
-    name = method
+    table = tables["domains"].get(settings["model"], {})
     if method == "CoOp unified":
-        M = {None: settings["n_ctx"], "a photo of a": 4}.get(settings["ctx_init"])
-        name = f"CoOp M={M}" if (M == 4) == bool(settings["ctx_init"]) else "another start"
-    same = settings["class_position"] == "end" and settings["epochs"] is None
-    other = method == "CoOp unified" and not same
-    if not table or name not in table or other or shots not in ("0", "16"):
+        if settings["class_position"] != "end" or settings["epochs"] is not None:
+            return {}
+        start = settings["ctx_init"] or settings["n_ctx"]
+        M = {16: 16, "a photo of a": 4}.get(start)
+        method = f"CoOp M={M}"
+    if method not in table or shots != "16":
         return {}
-    row = dict(zip(tables["domains"]["columns"], table[name]))
+    row = dict(zip(tables["domains"]["columns"], table[method]))
     return {domain: row[domain] for domain in domains if domain in row}
 
 
@@ -129,7 +139,7 @@ def average_table(results):
     zero_shot = mean(declared(r) for r in results.values())
     lines = [f"average of {len(results)} data sets", line("shots", ["0", *shots]),
              line("zero-shot, declared templates", [f"{zero_shot:.1f}"])]
-    for method in [m for m in METHODS if all(m in r["few_shot"] for r in results.values())]:
+    for method in shared_methods(results):
         rows = [spelled(average_over_tasks(results, method, n)) for n in shots]
         lines.append(line(method, ["", *rows]))
         theirs = published(first["settings"], method)
@@ -173,10 +183,9 @@ def figure(results, title, path):
     fig.suptitle(title, parse_math=False)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     if len(results) > 1:
-        shared = [m for m in METHODS if all(m in r["few_shot"] for r in results.values())]
         curves = {}
         paper = []
-        for method in shared:
+        for method in shared_methods(results):
             averages = [average_over_tasks(results, method, n) for n in shots]
             curves[method] = [mean_std(row) for row in averages]
             theirs = published(first["settings"], method)
@@ -185,8 +194,9 @@ def figure(results, title, path):
         star = mean(declared(r) for r in results.values())
         panel(axes[0], "average", shots, curves, star, paper)
     for ax, (name, result) in zip(axes[n_panels - len(results):], results.items()):
-        few = result["few_shot"].items()
-        curves = {method: [mean_std(row[n]) for n in shots] for method, row in few}
+        curves = {}
+        for method, row in result["few_shot"].items():
+            curves[method] = [mean_std(row[n]) for n in shots]
         panel(ax, name, shots, curves, declared(result))
     for ax in axes[n_panels:]:
         ax.axis("off")

@@ -282,13 +282,17 @@ def over_shots(results, methods=report.METHODS, columns=3, average=True, paper=F
                              layout="constrained", squeeze=False)
     panels = []
     if average:
-        few = {m: [report.average_over_tasks(results, m, s) for s in shots] for m in methods}
+        few = {}
+        for method in methods:
+            few[method] = [report.average_over_tasks(results, method, n) for n in shots]
         star = np.mean([report.declared(result) for result in results.values()])
         panels.append((f"average of these {len(results)}", few, star))
     if paper:
         panels.append(("the paper's average of eleven", *papers_average(shots, methods)))
     for task, result in results.items():
-        few = {m: [result["few_shot"][m][s] for s in shots] for m in methods}
+        few = {}
+        for method in methods:
+            few[method] = [result["few_shot"][method][n] for n in shots]
         panels.append((task, few, report.declared(result)))
     for ax in axes.flat:
         ax.axis("off")
@@ -312,7 +316,9 @@ def papers_average(shots=("1", "2", "4", "8", "16"), methods=report.METHODS):
     few = {}
     for method in methods:
         theirs = report.published(settings, method)
-        few[method] = [[{"test": np.mean(list(theirs[s].values()))}] for s in shots]
+        few[method] = []
+        for n in shots:
+            few[method].append([{"test": np.mean(list(theirs[n].values()))}])
     zero_shot = report.published(settings, "zero-shot")["0"]
     return few, np.mean(list(zero_shot.values()))
 

@@ -95,9 +95,10 @@ def test_the_few_shot_images_are_the_published_ones(tmp_path, monkeypatch, capsy
             by_class = {}
             for row in rows[split]:
                 by_class.setdefault(row[1], []).append(row)
-            expected.append(
-                [row[0] for members in by_class.values() for row in rng.sample(members, n)]
-            )
+            drawn = []
+            for members in by_class.values():
+                drawn += [row[0] for row in rng.sample(members, n)]
+            expected.append(drawn)
         chosen = few_shot(data.train.labels, shots, seed, data.val.labels)
         for split, indices, paths in zip((data.train, data.val), chosen, expected):
             assert [str(split.images[i])[-len(path) :] for i, path in zip(indices, paths)] == paths
