@@ -724,6 +724,7 @@ def linear_probe(train, train_labels, val, val_labels):
     from sklearn.linear_model import LogisticRegression
     x, y, x_val, y_val = map(_array, (train, train_labels, val, val_labels))
 
+    @lru_cache(None)  # the search comes back to one end of its range in every step
     def fitted(log_C):
         probe = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(x, y)
         return probe.score(x_val, y_val), probe
