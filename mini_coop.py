@@ -55,7 +55,7 @@ __all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images
            "zero_shot_weights", "linear_probe", "learning_rate", "n_epochs", "CoOp"]
 
 DATA = Path(__file__).resolve().with_name("data")
-MINI_SHA256 = "862f1d81090bdf0cf31f37d7ee375dba48e83a56c530ef4ad05e57602ec3579c"
+MINI_SHA256 = "ba4cbc1c51294f1d0122cf11c6ace601126949b043595b3e79a0a62aa2c89000"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 SOS = _tokenizer.encoder["<|startoftext|>"]
 EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary

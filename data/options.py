@@ -27,7 +27,7 @@ def arguments(argv):
     add = parser.add_argument
     add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
     add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
-    add("--shots", nargs="+", type=whole, default=[1, 2, 4, 16], help="labelled images per class")
+    add("--shots", nargs="+", type=whole, default=[1, 4, 8], help="labelled images per class")
     add("--seeds", nargs="+", type=lambda text: whole(text, 0), default=[1, 2, 3],
         help="each draws the training images and the first context")
     add("--n-ctx", type=whole, default=16, help="context vectors (M)")

@@ -89,10 +89,10 @@ NO_ACTION = ("circle|square|arrows?|radio|caret|medical|health|hospital|aid|plus
              "|text|zoom")
 TEMPLATES = {
     "objects": "an icon of a {}.",
-    "pixels": "an icon of a {}.",
+    "pixels": "a pixel art {}.",
     "styles": "{} style.",
     "designers": "an icon by {}.",
-    "actions": "an icon of {}.",
+    "actions": "an icon that says {}.",
     "things": "an icon of a {}.",
 }
 # Drawings per class: train, val, test.
