@@ -345,7 +345,7 @@ def training(history, K):
     left.plot(history["loss"], color=ORANGE)
     left.axhline(math.log(K), color="gray", linestyle=":")
     left.text(len(history["loss"]), math.log(K), "ln K", ha="right", va="bottom")
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, 1.15 * max(math.log(K), *history["loss"])))
     right.plot(history["lr"], color=BLUE)
     right.set(xlabel="epoch", ylabel="learning rate")
     finish(fig)
