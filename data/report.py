@@ -156,11 +156,12 @@ def panel(ax, title, shots, curves, star, paper=()):
     ax.axhline(star, color="gray", linestyle=":", linewidth=1)
     ax.plot(0, star, "*", color="black", markersize=12, label="zero-shot, declared template")
     places = range(1, len(shots) + 1)
-    for method, points in curves.items():
+    for j, (method, points) in enumerate(curves.items()):
         color, style = STYLES[method]
         means = [average for average, _ in points]
         spreads = [spread for _, spread in points]
-        ax.errorbar(places, means, spreads, fmt=style, color=color, capsize=3, label=method)
+        apart = [place + 0.08 * (j - 1) for place in places]  # error bars side by side
+        ax.errorbar(apart, means, spreads, fmt=style, color=color, capsize=3, label=method)
     for method, means in paper:
         ax.plot(places, means, ":", color=STYLES[method][0], label=f"{method}, the paper's average")
     printable = title.encode(errors="replace").decode()  # a folder's name need not be UTF-8

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 from IPython.display import Image, display
+from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mini_coop import DATA, open_image
@@ -168,13 +169,15 @@ def guess(image, names, probabilities, title=""):
 
 def template_dots(scores, declared, chance):
     """One row per task: accuracy of every template, the declared one and guessing."""
-    fig, ax = plt.subplots(figsize=(8, 0.7 + 0.5 * len(scores)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 0.7 + 0.6 * len(scores)), layout="constrained")
     for y, (task, values) in enumerate(scores.items()):
         label = (lambda text: text if y == 0 else "")
-        ax.plot(values, [y] * len(values), "o", color=BLUE, mfc="none", ms=9,
-                label=label("a template"))
-        ax.plot(declared[task], y, "*", color="black", ms=11, label=label("the declared template"))
-        ax.plot(chance[task], y, "|", color=ORANGE, ms=13, mew=2, label=label("guessing"))
+        apart = np.linspace(y - 0.28, y + 0.28, len(values))  # equal accuracies stay visible
+        ax.plot(values, apart, "o", color=BLUE, mfc="none", ms=6, label=label("a template"))
+        ax.plot(declared[task], apart[-1], "*", color="black", ms=11,
+                label=label("the declared template"))
+        ax.plot([chance[task]] * 2, [y - 0.35, y + 0.35], color=ORANGE, lw=2,
+                label=label("guessing"))
     ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(0, 100))
     ax.set_xlabel("zero-shot test accuracy, %")
     ax.invert_yaxis()
@@ -191,7 +194,7 @@ def draw_method():
              "image\nfeatures": (4, 2.2, "white"), "cosines ×\nlogit scale": (6, 1.1, "white"),
              "softmax,\nloss": (8, 1.1, "white"), "V1 ... VM\n(learned)": (0, 0.75, "#FFD9B3"),
              "class names": (0, -0.35, "white"), "text encoder\n(frozen)": (2, 0, "#D9E6F2"),
-             "text\nfeatures": (4, 0, "white")}
+             "text\nfeatures": (4, 0, "white"), "labels": (8, 2.2, "white")}
     for text, (x, y, colour) in boxes.items():
         hatch = "//" if "learned" in text else None
         ax.add_patch(FancyBboxPatch((x, y), 1.4, 0.75, "round,pad=0.05", fc=colour, ec="gray",
@@ -205,12 +208,14 @@ def draw_method():
     for start, end in [((1.5, 2.57), (1.93, 2.57)), ((3.5, 2.57), (3.93, 2.57)),
                        ((5.5, 2.4), (6.3, 1.95)), ((1.5, 1.0), (1.93, 0.6)),
                        ((1.5, 0.05), (1.93, 0.25)), ((3.5, 0.37), (3.93, 0.37)),
-                       ((5.5, 0.5), (6.0, 1.15)), ((7.5, 1.5), (7.93, 1.5))]:
+                       ((5.5, 0.5), (6.0, 1.15)), ((7.5, 1.5), (7.93, 1.5)),
+                       ((8.7, 2.13), (8.7, 1.92))]:
         arrow(start, end)
-    arrow((8.7, 1.0), (5.0, -0.12), ORANGE, "--", -0.3)
-    arrow((4.4, -0.12), (2.8, -0.12), ORANGE, "--", -0.25)
-    arrow((2.4, 0.85), (1.3, 1.58), ORANGE, "--", 0.4)
-    ax.text(7.2, -0.35, "gradient", color=ORANGE, fontsize=10)
+    arrow((8.5, 1.03), (7.0, 1.03), ORANGE, "--", -0.35)
+    arrow((6.6, 1.03), (5.2, -0.07), ORANGE, "--", -0.3)
+    arrow((4.4, -0.07), (2.8, -0.07), ORANGE, "--", -0.25)
+    arrow((2.4, 0.82), (1.3, 1.55), ORANGE, "--", 0.4)
+    ax.text(6.5, 0.1, "gradient", color=ORANGE, fontsize=10)
     ax.text(0.0, 1.65, "context", fontsize=10)
     ax.set(xlim=(-0.2, 9.7), ylim=(-0.75, 3.4))
     ax.axis("off")
@@ -227,11 +232,14 @@ def draw_prompts(coops, rows=3):
         for y, name in enumerate(coop.classnames[:rows]):
             own = f"\nclass {y + 1}" if coop.class_specific else ""
             v = [f"V{m + 1}{own}" for m in range(M)]
-            for x, text in enumerate(["SOS", *v[:before], name, *v[before:], ".", "EOT"]):
+            x = 0
+            for text in ["SOS", *v[:before], name, *v[before:], ".", "EOT"]:
                 learned = text.startswith("V") and text[1].isdigit()
-                ax.barh(y, 0.94, left=x, color="#FFD9B3" if learned else "#D9E6F2",
+                width = 1.5 if text == name else 1
+                ax.barh(y, width - 0.06, left=x, color="#FFD9B3" if learned else "#D9E6F2",
                         hatch="//" if learned else None, edgecolor="white")
-                ax.text(x + 0.47, y, text, ha="center", va="center", fontsize=9)
+                ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=9)
+                x += width
         kind = "class-specific" if coop.class_specific else "unified"
         ax.set(xticks=[], yticks=[], title=f"{kind}, class name: {coop.class_position}")
         ax.spines[:].set_visible(False)
@@ -251,7 +259,7 @@ def draw_tree(tokens, position, visible):
     owner = [0] * trunk  # 0: the trunk, 1, 2, ..: the branches
     for i in range(trunk, len(tokens)):
         owner.append(1 + sum(start <= i for start in starts))
-    colours = ["#D9E6F2", "#BFE3D0", "#FFE7A8", "#F3C9DD", "#DDDDDD"]
+    colours = ["#9ECAE1", "#A1D99B", "#FDD870", "#F4B0D0", "#CCCCCC"]
     fig, (top, below) = plt.subplots(2, 1, figsize=(8.5, 6.4), layout="constrained",
                                      height_ratios=(1, 4.2))
     for x, (text, place, k) in enumerate(zip(tokens, position, owner)):
@@ -263,9 +271,14 @@ def draw_tree(tokens, position, visible):
     top.text(-1.1, -0.25, "position", ha="right", va="center", fontsize=9)
     top.set(xlim=(-2.6, len(tokens) - 0.4), ylim=(-0.5, 1.05))
     top.axis("off")
-    below.imshow(visible, cmap="Blues", vmin=0, vmax=1.6)
-    below.set_xticks(range(len(tokens)), tokens, rotation=90)
-    below.set_yticks(range(len(tokens)), tokens)
+    L = len(tokens)
+    mask = np.ones((L, L, 3))  # white: not seen
+    for i, j in np.argwhere(np.asarray(visible)):
+        mask[i, j] = to_rgb(colours[owner[j] % 5])
+    below.imshow(mask)
+    names = ["period" if token == "." else token for token in tokens]
+    below.set_xticks(range(L), names, rotation=90)
+    below.set_yticks(range(L), names)
     below.set(xlabel="... sees this token", ylabel="this token ...")
     finish(fig)
 
@@ -326,9 +339,9 @@ def papers_average(shots=("1", "2", "4", "8", "16"), methods=report.METHODS):
 def variant_dots(rows, xlabel):
     """rows: {variant: {"1 shot": (mean, spread), "16 shots": ...}}; open: few, filled: many."""
     fig, ax = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)), layout="constrained")
-    for (name, points), marker in zip(rows.items(), "os^Dv"):
+    for name, points in rows.items():
         for (label, (mean, spread)), fill in zip(points.items(), ("none", ORANGE)):
-            ax.errorbar(mean, name, xerr=spread, fmt=marker, color=ORANGE, mfc=fill, capsize=3,
+            ax.errorbar(mean, name, xerr=spread, fmt="o", color=ORANGE, mfc=fill, capsize=3,
                         label=label)
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles[:2], labels[:2], loc="outside right upper")
@@ -344,7 +357,9 @@ def training(history, K):
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.7), layout="constrained")
     left.plot(history["loss"], color=ORANGE)
     left.axhline(math.log(K), color="gray", linestyle=":")
+    left.axhline(math.log(K) / 2, color="gray", linestyle=":")
     left.text(len(history["loss"]), math.log(K), "ln K", ha="right", va="bottom")
+    left.text(len(history["loss"]), math.log(K) / 2, "half of it", ha="right", va="bottom")
     top = 1.15 * max(math.log(K), *history["loss"])
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, top))
     right.plot(history["lr"], color=BLUE)
@@ -352,27 +367,34 @@ def training(history, K):
     finish(fig)
 
 
-def over_C(C, validation, test, chosen):
-    """The probe's accuracy over its regularisation."""
+def over_C(C, validation, test, chosen, sizes):
+    """The probe's accuracy over its regularisation; sizes: images of validation and of test."""
     fig, ax = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    ax.semilogx(C, validation, "s--", color=BLUE, label="validation: the search sees this")
-    ax.semilogx(C, test, "o-", color=ORANGE, label="test: it does not see this")
+    for values, n, style, color, label in (
+            (validation, sizes[0], "s--", BLUE, "validation: the search sees this"),
+            (test, sizes[1], "o-", ORANGE, "test: it does not see this")):
+        errors = [standard_error(value, n) for value in values]
+        ax.errorbar(C, values, errors, fmt=style, color=color, capsize=3, label=label)
+    ax.set_xscale("log")
     ax.axvline(chosen, color="gray", linestyle=":", label=f"chosen: C = {chosen:.2g}")
     ax.set(xlabel="C (larger: weaker regularisation)", ylabel="accuracy, %")
     fig.legend(loc="outside right upper")
     finish(fig)
 
 
-def domain_bars(rows, domains):
-    """Groups of bars, one per domain; rows: {method: [(mean, spread) per domain]}."""
-    fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    looks = zip(("black", "#888888", BLUE, ORANGE, GREEN), ("", "..", "//", "", "xx"))
-    for j, ((method, row), (colour, hatch)) in enumerate(zip(rows.items(), looks)):
-        at = [i + 0.16 * (j - 2) for i in range(len(domains))]
-        ax.bar(at, [m for m, _ in row], 0.15, yerr=[s for _, s in row], capsize=2, color=colour,
-               hatch=hatch, edgecolor="white", label=method)
+def domain_dots(rows, domains):
+    """A group of points per domain; rows: {method: [(mean, spread) per domain]}."""
+    fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    looks = zip(("black", "#888888", BLUE, ORANGE, GREEN), "*Xso^")
+    for j, ((method, row), (colour, marker)) in enumerate(zip(rows.items(), looks)):
+        at = [i + 0.13 * (j - 2) for i in range(len(domains))]
+        ax.errorbar(at, [m for m, _ in row], [s for _, s in row], fmt=marker, color=colour, ms=8,
+                    capsize=3, label=method)
+    for i in range(1, len(domains)):
+        ax.axvline(i - 0.5, color="lightgray", linewidth=1)
     ax.set_xticks(range(len(domains)), domains)
-    ax.set(ylabel="accuracy, %", ylim=(0, 100))
+    ax.set_ylabel("accuracy, %")
+    ax.grid(axis="y", alpha=0.3)
     fig.legend(loc="outside lower center", ncols=3)
     finish(fig)
 
