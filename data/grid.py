@@ -39,8 +39,8 @@ class Grid:
     def __init__(self, model, preprocess, data, folder, args):
         if not data.train.images or not data.test.images:
             part = "test" if data.train.images else "training"
-            raise ValueError(f"{data.name} has no {part} images: the comparison needs both (of "
-                             "folders without train/ and test/, a class gives some from 4 on)")
+            raise ValueError(f"{data.name} has no {part} images: the comparison needs both "
+                             "(without folders train/ and test/, a class needs 4 images or more)")
         self.model = model
         self.preprocess = preprocess
         self.data = data
@@ -131,7 +131,7 @@ class Grid:
                 steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
         n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
         if other := sum(cell.path(self.folder, ".json").exists() for cell in todo):
-            print(f"{other} cells there are of other images or weights, or damaged: run again")
+            print(f"{other} saved cells are damaged or of other images or weights: run again")
         for method in {cell.method for cell in todo} - {"linear probe"}:
             self.new_coop(Cell(method, 1, 0))  # names and options that do not fit are said now
         print(f"plan: {len(todo)} of {len(self.cells)} cells are to be run, {steps:,} training "

@@ -5,10 +5,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 YARDSTICK = (
-    "How good a CLIP is to learn prompts on: run --dataset objects things pixels styles designers "
-    "actions --shots 1 2 4 8 16, and once more with --epochs 0 --shots 1 --seeds 1 2 3 4 5 "
-    "--class-specific no for contexts that are random and untrained (with --n-ctx 4, too). The "
-    "averages stand in data/README.md beside the paper's.")
+    "To measure how well prompts can be learned on a CLIP, run --dataset objects things pixels "
+    "styles designers actions --shots 1 2 4 8 16, and once more with --epochs 0 --shots 1 --seeds "
+    "1 2 3 4 5 --class-specific no for contexts that are random and untrained (with --n-ctx 4, "
+    "too). The averages stand in data/README.md beside the paper's.")
 
 
 def arguments(argv):
@@ -26,7 +26,7 @@ def arguments(argv):
 
     add = parser.add_argument
     add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
-    add("--dataset", nargs="+", default=["actions"], help="folders of data/, or folders of images")
+    add("--dataset", nargs="+", default=["actions"], help="names under data/, or paths of folders")
     add("--shots", nargs="+", type=whole, default=[1, 4, 8], help="labelled images per class")
     add("--seeds", nargs="+", type=lambda text: whole(text, 0), default=[1, 2, 3],
         help="each draws the training images and the first context")
@@ -35,13 +35,17 @@ def arguments(argv):
         help="a context for each class, one for all, or both in turn")
     add("--class-position", choices=["end", "middle", "front"], default="end",
         help="where the class name stands")
-    add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
+    add("--ctx-init", metavar="WORDS",
+        help="words to start from; --n-ctx is then their number of tokens")
     add("--epochs", type=lambda text: whole(text, 0),
-        help="if not given, the paper's, by shots (50 on imagenet); 0: contexts as they start")
-    add("--views", type=whole, default=1, help="random crops of a training image; 1: as it is")
+        help="if not given, the paper's: 50 for 1 shot, 100 for 2 and 4, 200 for more, 50 on "
+        "imagenet; 0: contexts as they start")
+    add("--views", type=whole, default=1,
+        help="random crops kept of a training image; 1: the image as it is")
     add("--device", help="if not given, CUDA where there is one")
     add("--out", type=Path, default=Path("runs"), help="folder for what is saved")
-    add("--check", action="store_true", help="only print what a bug report needs")
+    add("--check", action="store_true",
+        help="only print what a bug report needs, after two steps of training")
     args = parser.parse_args(argv)
     if args.ctx_init:
         args.n_ctx = None  # the words set it

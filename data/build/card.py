@@ -1,6 +1,6 @@
 """Step 4: the parts of data/README.md that are made from data and results.
 
-    python card.py                   the tables of results/*.json, the tasks' picture
+    python card.py                   the tables and the figure of results/*.json, the tasks' picture
     python card.py --work work       and the table of icon sets
 """
 
@@ -170,6 +170,19 @@ def styles():
     return lines
 
 
+def variants():
+    """Class position, M and start of the unified context, averaged over the tasks."""
+    shots = ("1", "4", "16")
+    lines = [row("CoOp unified, average of six, %", *shots), "|---" * 4 + "|"]
+    for name, suffix in (("class name at the end, M = 16", ""), ("in the middle", "_middle"),
+                         ("in front", "_front"), ("M = 4", "_m4"),
+                         ("M = 4, from “an icon of a”", "_words")):
+        results = kept(suffix)
+        averages = [report.average_over_tasks(results, "CoOp unified", n) for n in shots]
+        lines.append(row(name, *map(report.spelled, averages)))
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,13 +191,14 @@ def main():
     card = HERE.parent / "README.md"
     head, mark, rest = card.read_text(encoding="utf-8").partition(RESULTS)
     _, end, tail = rest.partition(END)
-    tables = [yardstick(), every_task(), claims(), styles()]
+    tables = [yardstick(), every_task(), claims(), styles(), variants()]
     text = "\n".join("\n".join(lines) + "\n" for lines in tables)
     if args.work:
         before, sets, _ = tail.partition(SETS)
         tail = before + sets + table(args.work) + "\n"
     card.write_text(head + mark + text + end + tail, encoding="utf-8")
     tasks_picture(HERE.parent / "results/tasks.png")
+    report.figure(kept(), "CLIP mini", HERE.parent / "results/tasks_over_shots.png")
 
 
 if __name__ == "__main__":
