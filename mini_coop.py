@@ -48,7 +48,7 @@ with warnings.catch_warnings():  # clip-anytorch imports pkg_resources, which is
     warnings.simplefilter("ignore")
     import clip
 
-    # _MODELS: name -> address, in which the SHA-256 stands
+    # _MODELS: name -> address of OpenAI's weights; a part of the address is their SHA-256
     from clip.clip import _MODELS, _download, _tokenizer, _transform
 
 __all__ = ["load_clip", "load_dataset", "few_shot", "open_image", "encode_images",
@@ -61,7 +61,7 @@ SOS = _tokenizer.encoder["<|startoftext|>"]
 EOT = _tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
 CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i
 
-_ONE_AT_A_TIME = threading.Lock()  # a PIL image must not be read by two threads at once
+_PIL_LOCK = threading.Lock()  # a PIL image must not be read by two threads at once
 
 
 # ---------------------------------------------------------------- small helpers
@@ -72,7 +72,7 @@ def _check(ok, message):
 
 
 def _whole(name, value, least=1):
-    """A whole number as an int (NumPy's too), or one error that names the argument."""
+    """A whole number as an int (NumPy's too), or an error that names the argument."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     _check(whole and least <= value < 2**63,  # where torch's integers end
            f"{name} must be a whole number of {least} or more, not {value!r}")
@@ -105,7 +105,9 @@ def shared_folder():
 
 
 def sha256_of(state, skip=None):
-    """Tells weights apart, on any device: the SHA-256 of a state dict's values in float32."""
+    """Tells weights apart, on any device: the SHA-256 of a state dict's values in float32.
+
+    skip: the start of names to leave out."""
     digest = hashlib.sha256()
     for key, value in state.items():
         if skip is None or not key.startswith(skip):
@@ -116,7 +118,7 @@ def sha256_of(state, skip=None):
 @contextmanager
 def whole_file(path):
     """A binary file that appears under `path` only when it is whole."""
-    path = Path(path).expanduser().resolve()  # of a link, what it leads to
+    path = Path(path).expanduser().resolve()  # a link stays, the file behind it is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
@@ -173,7 +175,7 @@ def load_dataset(name_or_folder):
     known = {}
     for place in (data_folder(), shared_folder()):
         known |= {file.parent.name: file.parent for file in sorted(place.glob("*/dataset.json"))}
-    folder = known.get(str(name_or_folder), Path(name_or_folder).expanduser())
+    folder = known.get(name_or_folder, Path(name_or_folder).expanduser())
     _check(folder.is_dir(), f"no data set {str(name_or_folder)!r}: neither a folder nor one of "
            + ", ".join(sorted(known)))
     data = _read_json(folder) if (folder / "dataset.json").exists() else _read_folders(folder)
@@ -217,9 +219,10 @@ def _read_json(folder):
         if lost:
             raise ValueError(f"{folder}: {len(lost)} of {len(images)} images of {part!r} are "
                              f"missing, first {lost[0]}")
-        for label in labels:
-            _check(type(label) is int and 0 <= label < len(names), f"{folder}: label {label!r} in "
-                   f"{part!r}, but there are {len(names)} classes (0 to {len(names) - 1})")
+        wrong = [label for label in labels if type(label) is not int or not 0 <= label < len(names)]
+        if wrong:
+            raise ValueError(f"{folder}: label {wrong[0]!r} in {part!r}, but there are "
+                             f"{len(names)} classes (0 to {len(names) - 1})")
     train, val, test = (splits.pop(part) for part in ("train", "val", "test"))
     return Dataset(folder.resolve().name, names, data["template"], train, val, test, splits)
 
@@ -238,35 +241,30 @@ def _read_folders(root):
     def classes_of(folder):
         return {sub.name for sub in folder.glob("*") if sub.is_dir() and images_of(sub)}
 
-    at_root = classes_of(root)  # class folders straight below root
     in_splits = set().union(*(classes_of(root / part) for part in parts))  # below train/, ...
-    classes = sorted(in_splits or at_root)
+    classes = sorted(in_splits or classes_of(root))
     _check(classes, f"{root} holds no images: expected {root}/<class name>/*.jpg, or train/, val/, "
            "test/ above the class folders")
     splits = [Split([], []), Split([], []), Split([], [])]
     for label, name in enumerate(classes):
         dealt = [images_of(root / part / name) for part in parts]
         if not in_splits:  # as the published code deals a data set without splits
-            images = images_of(root / name)
-            random.Random(0).shuffle(images)
-            n_train = round(0.5 * len(images))
-            n_val = round(0.2 * len(images))
-            dealt = images[:n_train], images[n_train:n_train + n_val], images[n_train + n_val:]
+            own = images_of(root / name)
+            random.Random(0).shuffle(own)
+            n_train = round(0.5 * len(own))
+            n_val = round(0.2 * len(own))
+            dealt = own[:n_train], own[n_train:n_train + n_val], own[n_train + n_val:]
         for split, images in zip(splits, dealt):
             split.images.extend(images)
             split.labels.extend([label] * len(images))
-    # what a user might miss: files that are not read, folders beside splits, misnamed splits
+    # what a user might miss: files that are not read, misnamed splits
     read = set().union(*(split.images for split in splits))
-    below = [path for path in root.glob("*/**/*") if path not in read and not hidden(path)]
-    unread = sorted(str(path) for path in below if not path.is_dir() or path.is_symlink())
-    if unread:
+    below = [path for path in root.glob("*/**/*") if not path.is_dir() and not hidden(path)]
+    if unread := sorted(str(path) for path in below if path not in read):
         warnings.warn(f"{root}: {len(unread)} files are not read, first {', '.join(unread[:3])} "
                       f"(read are {', '.join(sorted(IMAGE_SUFFIXES))} in class folders)",
                       stacklevel=3)
-    if in_splits and (beside := sorted(at_root - set(parts))):
-        warnings.warn(f"{root}: beside train, val and test these folders are not read: "
-                      + ", ".join(beside[:5]), stacklevel=3)
-    like_splits = [name for name in sorted(at_root) if name.lower().startswith(parts)]
+    like_splits = [name for name in classes if name.lower().startswith(parts)]
     if not in_splits and (nested := [name for name in like_splits if classes_of(root / name)]):
         warnings.warn(f"{root}: {', '.join(nested)} read as classes; if they are splits, call them "
                       "train, val and test", stacklevel=3)
@@ -307,8 +305,8 @@ def few_shot(train_labels, shots, seed, val_labels=None):
 def open_image(image):
     """An RGB image from a path, from inside an archive (`images.zip/name.png`) or a PIL image.
 
-    Upright by its EXIF tag, transparent parts white; 16-bit images, and floats up to 1 or 255,
-    become 8-bit ones.
+    Upright by its EXIF tag, transparent parts white; images of 16 bits, or of floats up to 1 or
+    255, become 8-bit ones.
     """
     _check_images([image])
     if not isinstance(image, Image.Image):
@@ -317,7 +315,7 @@ def open_image(image):
         if archive := next((parent for parent in source.parents if parent.is_file()), None):
             source = _archive(archive).open(source.relative_to(archive).as_posix())
         image = Image.open(source)
-    _check(image.format != "EPS", "a PostScript file, which is a program and is not run")
+    _check(image.format != "EPS", "a PostScript file is a program, which is not run")
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # integers or floats, which PIL itself would cut off at 255
         values = np.asarray(image, np.float64)
@@ -335,7 +333,7 @@ def open_image(image):
 
 def _random_view(image, n_px, rng):
     """The paper's augmentation: a random crop of 8 to 100 % of the area, sides 3 : 4 to 4 : 3,
-    resized and often flipped. (torchvision's own would draw from the global generator.)"""
+    resized, and flipped half of the time. (torchvision draws from the global generator.)"""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
@@ -355,19 +353,17 @@ def _random_view(image, n_px, rng):
 
 def _pixels(image, preprocess, views, n_px, key):
     """An RGB image -> pixels (A, 3, n_px, n_px), of views that `key` draws if A > 1."""
-    if views == 1:
-        return preprocess(image)[None].float()
-    rng = random.Random(os.fsencode(key))  # a file name need not be UTF-8
-    _check(hasattr(preprocess, "transforms"), "views need the transform that load_clip gives")
-    to_tensor, normalise = preprocess.transforms[-2:]  # the end of CLIP's own transform
-    crops = [to_tensor(_random_view(image, n_px, rng)) for _ in range(views)]
-    return normalise(torch.stack(crops)).float()
+    crops = [image]
+    if views > 1:  # of the right size: preprocess neither resizes nor crops them again
+        rng = random.Random(os.fsencode(key))  # a file name need not be UTF-8
+        crops = [_random_view(image, n_px, rng) for _ in range(views)]
+    return torch.stack([preprocess(crop) for crop in crops]).float()
 
 
 # ---------------------------------------------------------------- CLIP, frozen
 
 def weights_file(name):
-    """Where OpenAI's weights are, or will be: in the lab's shared folder, else ~/.cache/clip."""
+    """OpenAI's weights: in the lab's shared folder, or in ~/.cache/clip, where downloads go."""
     shared = shared_folder() / "clip" / Path(_MODELS[name]).name
     return shared if shared.is_file() else Path("~/.cache/clip").expanduser() / shared.name
 
@@ -385,50 +381,57 @@ def load_clip(name="mini", device=None):
     """
     name = str(name)
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here; try 'cpu', or 'cuda' where "
                          "torch sees a GPU") from error
-    if name in _MODELS:
-        file = weights_file(name)
-        try:
-            if not file.is_file():  # which it becomes only when it is whole
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-                    os.replace(_download(_MODELS[name], folder), file)
-            model, _ = clip.load(name, "cpu", download_root=str(file.parent))  # checks the SHA-256
-        except (OSError, RuntimeError) as error:  # no network; a wrong SHA-256
-            raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by "
-                               f"hand: {file} (from {_MODELS[name]}), or use 'mini', which needs "
-                               "no download") from error
-    else:
-        model = _read_checkpoint(name)
+    model = _read_checkpoint(*_weights(name))
     model = model.float().eval().requires_grad_(False).to(device)
-    model.visual.to(memory_format=torch.channels_last)  # a ResNet is a sixth faster
+    model.visual.to(memory_format=torch.channels_last)  # a ResNet is a sixth faster on a CPU
     return model, _transform(model.visual.input_resolution)
 
 
-def _read_checkpoint(name):
-    """A path, or "mini", -> CLIP. TorchScript can hold code: only OpenAI's own is opened."""
+def _weights(name):
+    """A name or a path -> (file, the SHA-256 it must have or None); OpenAI's are downloaded."""
     shared_folder()  # a wrong MINI_COOP_ROOT is said at once
-    path = data_folder() / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
-    _check(path.is_file(), f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
-           f"{', '.join(_MODELS)}, nor a file")
+    if name == "mini":
+        return data_folder() / "mini_clip.pt", MINI_SHA256
+    if name not in _MODELS:
+        _check(Path(name).expanduser().is_file(), f"no CLIP called {name!r}: neither 'mini', nor "
+               f"one of {', '.join(_MODELS)}, nor a file")
+        return Path(name).expanduser(), None
+    file = weights_file(name)
+    try:
+        if not file.is_file():  # which it becomes only when it is whole
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                os.replace(_download(_MODELS[name], folder), file)  # which checks the SHA-256
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f"could not download CLIP {name!r} ({error}). Put the file there by "
+                           f"hand: {file} (from {_MODELS[name]}), or use 'mini', which needs no "
+                           "download") from error
+    return file, _MODELS[name].split("/")[-2]
+
+
+def _read_checkpoint(path, sha256):
+    """A file -> CLIP. TorchScript can hold code: only OpenAI's own is opened."""
     content = path.read_bytes()  # read once, so that what is checked is what is used
     digest = hashlib.sha256(content).hexdigest()
     file = io.BytesIO(content)
     try:
-        _check(name != "mini" or digest == MINI_SHA256,
-               "its SHA-256 is not the one we shipped; `git checkout data` restores it")
-        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-        file.seek(0)
-        if any(member.endswith("/constants.pkl") for member in names):  # TorchScript
-            _check(any(digest in url for url in _MODELS.values()), "TorchScript that is not "
-                   "OpenAI's could run code. Where you trust it, make a state dict of it: "
-                   f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
+        _check(sha256 in (None, digest), "its SHA-256 is wrong. Delete it: OpenAI's are downloaded "
+               "again, `git checkout data` restores ours")
+        if any(digest in url for url in _MODELS.values()):
             state = torch.jit.load(file, "cpu").state_dict()
         else:
+            members = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+            script = any(member.endswith("/constants.pkl") for member in members)
+            _check(not script, "TorchScript that is not OpenAI's could run code. Where you trust "
+                   f"it: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'clip.pt')")
+            file.seek(0)
             state = torch.load(file, "cpu", weights_only=True)
         model = clip.model.build_model(dict(state)).float()  # which deletes from its dict
         # build_model went through float16: put the exact values back
@@ -437,13 +440,10 @@ def _read_checkpoint(name):
         _check(finite, "some weights are NaN or infinite")
         return model
     except Exception as error:  # a file that is no checkpoint can raise anything
+        # torch's own words would advise to switch the protection off
+        reason = error if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path} is no CLIP checkpoint in OpenAI's layout, or is damaged: "
-                         + _reason(error)) from error
-
-
-def _reason(error):
-    """What torch says of a bad file, without its advice to switch the protection off."""
-    return f"{type(error).__name__}: {str(error).partition('weights_only')[0].strip()[:300]}"
+                         f"{reason}") from None
 
 
 def _check_encoded(features, images, unreadable):
@@ -452,7 +452,7 @@ def _check_encoded(features, images, unreadable):
     bad = set((~finite).nonzero()[:, 0].tolist()) - set(unreadable)
     if bad:
         raise RuntimeError(f"CLIP gives NaN or infinity for {len(bad)} images that can be read: "
-                           "are its weights damaged, or in half precision?")
+                           "are its weights damaged?")
     if unreadable:
         some = "; ".join(unreadable[i] for i in sorted(unreadable)[:3])
         warnings.warn(f"{len(unreadable)} of {len(images)} images cannot be read and are rows of "
@@ -487,7 +487,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     unreadable = {}  # place -> what is wrong
 
     def pixels_of(i):  # (A, 3, n_px, n_px)
-        guard = _ONE_AT_A_TIME if isinstance(images[i], Image.Image) else nullcontext()
+        guard = _PIL_LOCK if isinstance(images[i], Image.Image) else nullcontext()
         try:
             with guard:
                 image = open_image(images[i])
@@ -519,7 +519,7 @@ def _class_names(classnames):
     given = list(classnames)
     _check(given, "the list of class names is empty")
     names = []
-    groups = {}  # what CLIP sees of a name -> the names
+    groups = {}  # tokens -> the names that have them
     for k, name in enumerate(given):
         _check(isinstance(name, str), f"class {k} must be a text, not {name!r}")
         text = name.replace("_", " ").strip()
@@ -535,9 +535,9 @@ def _class_names(classnames):
 
 def _prompt(model, tokens, text):
     """[SOS, *tokens, EOT], if CLIP can read it."""
-    L = len(tokens) + 2
-    _check(L <= model.context_length, f"{text!r} makes a prompt of {L} tokens, but CLIP reads "
-           f"{model.context_length}: shorten the name or the context")
+    length = len(tokens) + 2
+    _check(length <= model.context_length, f"{text!r} makes a prompt of {length} tokens, but CLIP "
+           f"reads {model.context_length}: shorten the name or the context")
     _check(not {SOS, EOT} & set(tokens), f"{text!r} holds CLIP's own marks of start and end")
     return [SOS, *tokens, EOT]
 
@@ -557,7 +557,8 @@ def _context_words(model, ctx_init):
            + repr(ctx_init.replace("{}", "").strip(" .")))
     tokens = _tokenizer.encode(ctx_init.replace("_", " "))
     _check(tokens, f"ctx_init has no words: {ctx_init!r}")
-    return _prompt(model, tokens, ctx_init)[1:-1]  # for its checks
+    _prompt(model, tokens, ctx_init)  # is it too long?
+    return tokens
 
 
 def _features(coop, features, views=False):
@@ -608,7 +609,7 @@ def _recipe(labels, epochs, lr, batch_size):
 
 # The text transformer is causal: a token sees only what stands before it. So the tokens that all
 # prompts share at their start, the trunk, mean the same in each and are computed once; nothing
-# after an EOT counts. We write the trunk once and hang the rest of every prompt behind it:
+# after an EOT counts. A row begins with the trunk; the rest of every prompt hangs behind it:
 #
 #     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
 #     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
@@ -617,18 +618,21 @@ def _recipe(labels, epochs, lr, batch_size):
 # rows, each with a copy of the trunk: a batch like any other. This is exact, gradients too.
 # Shapes: R rows of L tokens, the first P of which are the trunk.
 
-def pack(prompts, device, row=None, part=6400):
+def pack(prompts, device, row_tokens=None, part_tokens=6400):
     """K prompts, lists of token ids -> (parts, order).
 
-    A part is up to `part` tokens in rows of one length: tokens (R, L), position (R, L), visible
-    (R, 1, L, L), which says whether token i of a row sees token j, and eot, the places of the ends
-    in the flattened rows. order (K,): of each prompt, its place among all ends. row: tokens of
-    branches in a row; short rows cost less attention, long ones repeat the trunk less often."""
+    A part is up to `part_tokens` in rows of one length: tokens (R, L), position (R, L), visible
+    (R, 1, L, L), the same for all heads: whether token i of a row sees token j; and eot, the places
+    of the ends in the flattened rows. order (K,): of each prompt, its place among all ends.
+    row_tokens: those of branches in a row; short rows cost less attention, long ones repeat the
+    trunk less often."""
     K = len(prompts)
-    shared = len(os.path.commonprefix(prompts))  # it takes lists, too
-    P = min(shared, min(map(len, prompts)) - 1)  # of prompts that are all equal, not the EOT
-    row = row or 72 + 8 * P  # timed on CPUs
-    n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row)
+    shortest = min(map(len, prompts))
+    P = 0  # length of the trunk; every prompt keeps at least its EOT
+    while P < shortest - 1 and len({prompt[P] for prompt in prompts}) == 1:
+        P += 1
+    row_tokens = row_tokens or 72 + 8 * P  # the fastest of those tried on CPUs
+    n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
     by_length = sorted(range(K), key=lambda k: len(prompts[k]))
     rows = []
     for r in range(n_rows):
@@ -636,35 +640,37 @@ def pack(prompts, device, row=None, part=6400):
         for k in by_length[r::n_rows]:  # dealt like cards, so that rows are about as long
             cells += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
         rows.append(torch.tensor(cells, device=device))
-    # zeros that pad a short row come last, and tril() lets nothing see what comes after it
+    # zeros pad short rows at the end, where tril() lets no token see them
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
     visible = visible.tril()[:, None]
-    per_part = max(1, part // tokens.shape[1])
+    per_part = max(1, part_tokens // tokens.shape[1])
     parts = []
     for r in range(0, n_rows, per_part):
         some = slice(r, r + per_part)
         eot = (tokens[some] == EOT).flatten().nonzero()[:, 0]
         parts.append((tokens[some], position[some], visible[some], eot))
-    return parts, owner[tokens == EOT].argsort()
+    return parts, owner[tokens == EOT].argsort()  # the ends' owners, inverted
 
 
 def encode_rows(model, ctx, tokens, position, visible, eot):
     """CLIP's text encoder on the rows of a part -> features at their ends, not normalised.
 
-    ctx: vectors (M, D) or (K, M, D); the id CONTEXT + i takes vector i of them. The blocks are
-    CLIP's own, written out because CLIP's code has one mask for all rows, and no positions."""
-    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D), wrong at context ids, until:
-    if ctx is not None:  # every token looks up a vector, only context ids take it
+    ctx: (M, D) or (K, M, D); in place of the id CONTEXT + i stands its i-th vector, counted through
+    all classes. None: the prompts hold no such ids. The blocks are CLIP's own, written out because
+    CLIP's code has one mask for all rows, and no positions."""
+    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); at context ids a stand-in
+    if ctx is not None:  # all tokens look up a context vector, and those at context ids are taken
         vectors = F.embedding((tokens - CONTEXT).clamp(min=0), ctx.flatten(0, -2))  # (R, L, D)
         x = torch.where(tokens[:, :, None] < CONTEXT, x, vectors)
     x = x + model.positional_embedding[position]
     for block in model.transformer.resblocks:
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)  # (R, L, 3 D)
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (R, heads, L, -1)
+        qkv = qkv.unflatten(2, (3, attn.num_heads, -1))  # (R, L, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, L, D / heads) each
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # as v
         attended = attended.transpose(1, 2).flatten(2)  # (R, L, D)
         if block is model.transformer.resblocks[-1]:  # only the EOTs are read
             x = x.flatten(0, 1)[eot]  # (ends, D)
@@ -679,8 +685,8 @@ def encode_prompts(model, packed, ctx=None):
     frozen encoder runs in it, in training and prediction alike."""
     parts, order = packed
     device = model.text_projection.device
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if len(parts) == 1:
             features = encode_rows(model, ctx, *parts[0])
         else:  # keep no part's activations: they are computed again in the backward pass
@@ -693,8 +699,9 @@ def encode_prompts(model, packed, ctx=None):
 def zero_shot_weights(model, classnames, templates):
     """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or an ensemble.
 
-    Each template's features are normalised, summed over templates and normalised again. Class k
-    scores the cosine of an image feature with row k. Raises ValueError for a template without {}.
+    Each template's features are normalised, summed over templates and normalised again. The score
+    of class k is the cosine of an image feature with row k. Raises ValueError for a template
+    without {}.
     """
     _check_clip(model)
     _, names = _class_names(classnames)
@@ -717,8 +724,8 @@ def linear_probe(train, train_labels, val, val_labels):
 
     C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that halve the
     range around the best in log space. Returns the LogisticRegression of the last step (`.C`;
-    `.predict` and `.score` take NumPy features). Unlike the published probe it takes the images as
-    given (that one draws them with NumPy, over several runs) and searches C for ImageNet too.
+    `.predict` and `.score` take NumPy features). The published probe draws its own images, with
+    NumPy and over several runs, and takes C of ImageNet from Caltech101; ours does neither.
     """
     from sklearn.exceptions import ConvergenceWarning  # here, as it takes a second to import
     from sklearn.linear_model import LogisticRegression
@@ -736,15 +743,14 @@ def linear_probe(train, train_labels, val, val_labels):
         low = best - 1
         high = best + 1
         for _ in range(8):
-            low_accuracy, low_probe = fitted(low)
-            high_accuracy, high_probe = fitted(high)
-            if low_accuracy < high_accuracy:
-                low = (low + high) / 2
-                probe = high_probe
+            middle = (low + high) / 2
+            if fitted(low)[0] < fitted(high)[0]:
+                best = high
+                low = middle
             else:
-                high = (low + high) / 2
-                probe = low_probe
-    return probe
+                best = low
+                high = middle
+    return fitted(best)[1]
 
 
 # ---------------------------------------------------------------- CoOp
@@ -753,12 +759,13 @@ def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
     if epoch == 0:
         return min(1e-5, lr)
-    # as published over `epochs`, not epochs - 1: the last rate is a little above zero
+    # the published code divides by `epochs`, so the last rate is a little above zero
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 def n_epochs(shots):
-    """The paper's epochs: 50 for 1 shot, 100 for 2 and 4, 200 for more (on ImageNet always 50)."""
+    """The paper's epochs: 50 for 1 shot, 100 for 2 and 4, 200 for more. (It takes 50 for ImageNet
+    at all shots: pass epochs=50.)"""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
@@ -782,7 +789,7 @@ class CoOp(torch.nn.Module):
     classnames: K >= 2 names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
     instead of one for all, (M, D). class_position: "end", "middle" (of an odd M the smaller half
     stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
-    per token; they set M. Without them the vectors are drawn from N(0, 0.02^2) by `seed`, which
+    per token; n_ctx is then their number. Without them N(0, 0.02^2) is drawn from by `seed`, which
     also orders the training. Raises ValueError for bad input; warns of classes of the same name.
 
     For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
@@ -809,8 +816,8 @@ class CoOp(torch.nn.Module):
 
         # the context: embeddings of words, or small random vectors
         device = model.text_projection.device
-        shape = (M, model.ln_final.weight.shape[0])
-        shape = (len(names), *shape) if class_specific else shape
+        D = model.ln_final.weight.shape[0]
+        shape = (len(names), M, D) if class_specific else (M, D)
         if words:
             ctx = model.token_embedding(torch.tensor(words, device=device))  # (M, D)
             ctx = ctx.expand(shape).clone()
@@ -819,15 +826,15 @@ class CoOp(torch.nn.Module):
             ctx = 0.02 * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         self.ctx = torch.nn.Parameter(ctx.to(device))
 
-        # the prompts (equation 2): the ids of the context vectors around the tokens of the name
+        # the prompts (equations 2 and 3): ids of context vectors around the tokens of the name
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]
         prompts = []
         for k, name in enumerate(names):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = _tokenizer.encode(name + ".")
-            # the name is counted without the period, as published: "bat (animal)." ends in the
-            # token ")." which stays behind the name
+            # the name's tokens are counted without the period, as published: of "bat (animal).",
+            # whose last token is ").", all stand before the vectors behind the name
             n = len(_tokenizer.encode(name))
             tokens = [*v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:]]
             prompts.append(_prompt(model, tokens, name))
@@ -906,7 +913,7 @@ class CoOp(torch.nn.Module):
             raise RuntimeError(f"the loss is {loss} in epoch {len(self.history_['loss'])}: "
                                "training diverges; start anew with a smaller lr")
         self.history_["loss"].append(loss)
-        self.history_["accuracy"].append(100 * hits.double().mean().item())
+        self.history_["accuracy"].append(100 * hits.float().mean().item())
         self.history_["lr"].append(lr)
 
     @torch.no_grad()
@@ -923,14 +930,14 @@ class CoOp(torch.nn.Module):
         """Micro accuracy in [0, 1]: all images count alike."""
         predicted = self.predict(image_features)
         hits = predicted == _labels(self, labels, len(predicted))
-        return hits.double().mean().item()
+        return hits.float().mean().item()
 
     @torch.no_grad()
     def nearest_words(self, k=3):
-        """The k nearest rows of CLIP's token embedding (the paper's section 4.4; Euclidean).
+        """The k nearest rows of CLIP's token embedding (the paper's table 4; Euclidean).
 
         Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such
-        lists. Do not read much into them: the paper could not, and neither can we.
+        lists. They say little: random vectors have nearest words, too.
         """
         embedding = self.clip_model.token_embedding.weight
         result = []
@@ -965,27 +972,20 @@ class CoOp(torch.nn.Module):
         with open(path, "rb") as file:
             try:
                 state = torch.load(file, "cpu", weights_only=True)
-                _check(state.get("format") == "mini-coop 1", "not written by CoOp.save")
-                ctx = state["ctx"]
-                sealed = state.get("sha256") in (None, _seal(state))  # None: of before the seal
-                whole = sealed and ctx.ndim in (2, 3) and ctx.isfinite().all()
-                _check(whole, "it does not hold what was saved")
-                options = {key: state[key] for key in ("class_specific", "class_position", "seed")}
-                names = state["classnames"] if classnames is None else classnames
-                learned_with = state["text_encoder"]
-            except Exception as error:  # a file that is not ours can raise anything
-                raise ValueError(f"{path} holds no context of ours, or is damaged: "
-                                 + _reason(error)) from error
-        same = learned_with == sha256_of(model.state_dict(), skip="visual.")
+                whole = state["format"] == "mini-coop 1" and state["sha256"] == _seal(state)
+            except Exception:  # a file that is not ours can raise anything
+                whole = False
+        _check(whole, f"{path} was not written by CoOp.save, or is damaged")
+        same = state["text_encoder"] == sha256_of(model.state_dict(), skip="visual.")
         _check(same, f"{path} was learned with another text encoder: load the CLIP that it was "
                "learned with")
-        coop = cls(model, names, ctx.shape[-2], **options)
+        names = state["classnames"] if classnames is None else classnames
+        coop = cls(model, names, state["ctx"].shape[-2], state["class_specific"],
+                   state["class_position"], seed=state["seed"])
         _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
-               f"{path} is class-specific: it serves only the {len(ctx)} classes that it was "
-               "learned for, in this order")
-        _check(coop.ctx.shape == ctx.shape, f"{path} holds a context of shape {tuple(ctx.shape)} "
-               f"instead of {tuple(coop.ctx.shape)}")
-        coop.ctx.data.copy_(ctx)
+               f"{path} is class-specific: it serves only the {len(state['ctx'])} classes that it "
+               "was learned for, in this order")
+        coop.ctx.data.copy_(state["ctx"])
         return coop
 
 

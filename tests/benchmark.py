@@ -4,6 +4,17 @@ RN50's sizes (text tower of width 512 with 12 layers) and random weights, as spe
 on the values. The published way is tests/reference.py, 77 tokens for every class, and encodes the
 images in every step; float32 on a CPU, float16 on CUDA. Not a test: all that is asserted is that
 both ways give the same gradient.
+
+On two AVX2 cores of a virtual machine, torch 2.14.1, November 2026 (published / ours):
+
+    text step, both passes           seconds             memory in MB
+    10 classes, unified              1.48 / 0.19  =  7.8      417 / 46    =  9.1
+    10 classes, class-specific       1.44 / 0.47  =  3.1      412 / 128   =  3.2
+    100 classes, unified             20.7 / 0.90  = 23.0     3949 / 216   = 18.3
+    100 classes, class-specific      18.0 / 3.23  =  5.6     3844 / 1109  =  3.5
+    1000 classes, unified             162 / 7.5   = 21.6    44756 / 2115  = 21.2
+    1000 classes, class-specific      175 / 56.4  =  3.1    45316 / 3653  = 12.4
+    whole training, 100 classes      68.7 h / 2.4 h = 28.7
 """
 import argparse
 import copy

@@ -111,7 +111,8 @@ def test_load_clip_says_what_is_wrong(tmp_path, monkeypatch):
 
 def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip/RN50.pt").write_bytes(b"half a download")
+    file = tmp_path / "clip/RN50.pt"
+    file.write_bytes(b"half a download")
     monkeypatch.setenv("MINI_COOP_ROOT", str(tmp_path))
 
     class Answer(io.BytesIO):
@@ -119,11 +120,15 @@ def test_weights_of_a_wrong_hash_are_refused(tmp_path, monkeypatch):
             return {"Content-Length": "5"}
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda url: Answer(b"wrong"))
-    with (
-        pytest.warns(UserWarning, match="SHA256"),
-        pytest.raises(RuntimeError, match="SHA256.*RN50.pt .from https://.*'mini'"),
-    ):
+    # a file that is there is not overwritten: the shared folder of a lab is not ours to mend
+    with pytest.raises(ValueError, match="RN50.pt is no CLIP .* SHA-256 is wrong. Delete it"):
         load_clip("RN50", "cpu")
+    assert file.read_bytes() == b"half a download"
+    file.unlink()
+    monkeypatch.setattr(mini_coop, "weights_file", lambda name: file)
+    with pytest.raises(RuntimeError, match="SHA256.*RN50.pt .from https://.*'mini'"):
+        load_clip("RN50", "cpu")
+    assert os.listdir(tmp_path / "clip") == []
 
 
 def test_a_download_that_is_cut_off_leaves_no_file(tmp_path, monkeypatch):

@@ -301,10 +301,10 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
         with pytest.raises(ValueError, match="ctx.pt.*damaged"):
             CoOp.load(path, other)
     torch.save({"epoch": 3}, path)
-    with pytest.raises(ValueError, match="not written by CoOp.save"):
+    with pytest.raises(ValueError, match="ctx.pt was not written by CoOp.save"):
         CoOp.load(path, tiny[0])
     torch.save({"format": "mini-coop 1", "ctx": torch.zeros(4, 128)}, path)
-    with pytest.raises(ValueError, match="ctx.pt.*KeyError"):
+    with pytest.raises(ValueError, match="ctx.pt was not written by CoOp.save, or is damaged"):
         CoOp.load(path, tiny[0])
     with pytest.raises(FileNotFoundError):
         CoOp.load(tmp_path / "none.pt", tiny[0])
@@ -580,7 +580,7 @@ def test_a_context_whose_settings_were_changed_is_noticed(tiny, tmp_path):
     CoOp(tiny[0], ["cat", "dog"], 2).save(tmp_path / "ctx.pt")
     state = torch.load(tmp_path / "ctx.pt", weights_only=True)
     torch.save({**state, "classnames": ["dog", "cat"]}, tmp_path / "ctx.pt")
-    with pytest.raises(ValueError, match="does not hold what was saved"):
+    with pytest.raises(ValueError, match="not written by CoOp.save, or is damaged"):
         CoOp.load(tmp_path / "ctx.pt", tiny[0])
 
 
@@ -604,9 +604,8 @@ def test_a_context_with_other_numbers_is_noticed(tiny, tmp_path, monkeypatch):
     CoOp(tiny[0], ["cat", "dog"], 2).save(tmp_path / "ctx.pt")
     state = torch.load(tmp_path / "ctx.pt", weights_only=True)
     torch.save({**state, "ctx": state["ctx"] + 1}, tmp_path / "ctx.pt")
-    with pytest.raises(ValueError, match="does not hold what was saved"):
+    with pytest.raises(ValueError, match="not written by CoOp.save, or is damaged"):
         CoOp.load(tmp_path / "ctx.pt", tiny[0])
-    del state["sha256"]  # saved before contexts had a hash
     torch.save(state, tmp_path / "ctx.pt")
     assert torch.equal(CoOp.load(tmp_path / "ctx.pt", tiny[0]).ctx, state["ctx"])
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -9,6 +9,7 @@ import random
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_what_else_lies_in_a_folder(tmp_path):
                  "__MACOSX/train/cat", ".hidden/cat", "train/.thumbs"):
         picture(tmp_path / name / "0.png")
     picture(tmp_path / "train/cat/._0.png")
-    with pytest.warns(UserWarning, match="these folders are not read: valid$"):
+    with pytest.warns(UserWarning, match="1 files are not read, first .*valid/cat/0.png"):
         data = load_dataset(tmp_path)
     assert data.classnames == ["cat", "dog"] and len(data.train.images) == 2
     (tmp_path / "train/dog/0.png").unlink()
@@ -622,6 +623,28 @@ def test_a_clip_that_is_training_encodes_nothing(tiny):
     assert torch.equal(model.visual.bn1.running_mean, before)
 
 
-def test_views_need_clips_own_transform(tiny):
-    with pytest.raises(ValueError, match="the transform that load_clip gives"):
-        encode_images(tiny[0], lambda image: image, [Image.new("RGB", (8, 8))], 2, progress=False)
+def test_views_go_through_all_of_the_transform(tiny):
+    image = Image.effect_noise((40, 50), 60).convert("RGB")
+    gray = transforms.Compose([*tiny[1].transforms, transforms.Lambda(torch.zeros_like)])
+    views = encode_images(tiny[0], gray, [image], views=2, progress=False)
+    expected = tiny[0].encode_image(torch.zeros(1, 3, 64, 64))
+    assert torch.allclose(views[0], expected.expand(2, -1), atol=1e-5)
+
+
+def test_a_folder_that_is_a_link_is_read(tmp_path):
+    for name in ("elsewhere", "photos/train/dog", "photos/test/cat", "photos/test/dog"):
+        picture(tmp_path / name / "0.png")
+    (tmp_path / "photos/train/cat").symlink_to(tmp_path / "elsewhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_dataset(tmp_path / "photos").train.images) == 2
+
+
+def test_a_path_is_a_folder_and_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        for i in range(4):
+            picture(tmp_path / "actions" / name / f"{i}.png")
+    assert load_dataset(Path("./actions")).classnames == ["cat", "dog"]
+    assert load_dataset("./actions").classnames == ["cat", "dog"]
+    assert len(load_dataset("actions").classnames) == 11

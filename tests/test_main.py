@@ -154,7 +154,8 @@ def test_a_finished_cell_is_kept_and_a_damaged_one_is_run(tmp_path, capsys, monk
     assert calls[8:] == [16] and json.loads(cell.read_text())["accuracy"]
     (folder / "CoOp_unified_2_shots_seed_1.pt").write_bytes(b"garbage")
     grid.main(command)
-    assert calls[9:] == [16] and "cells are damaged or of other images or weights" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert calls[9:] == [16] and "cells are damaged or of other images or weights" in out
     grid.main([*command, "--class-position", "front"])  # another setting has a folder of its own
     assert len(calls) == 10 + 8 and results_of(folder)["few_shot"] == first["few_shot"]
     monkeypatch.setattr(features, "sha256_of", lambda *args: "other weights")
