@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: not all cores for each of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import clip.model
 import pytest
