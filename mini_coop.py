@@ -651,7 +651,8 @@ def pack(prompts, device, row_tokens=None, part_tokens=6400):
         some = slice(r, r + per_part)
         eot = (tokens[some] == EOT).flatten().nonzero()[:, 0]
         parts.append((tokens[some], position[some], visible[some], eot))
-    return parts, owner[tokens == EOT].argsort()  # the ends' owners, inverted
+    whose = owner[tokens == EOT]  # (K,): the prompt that an end belongs to
+    return parts, whose.argsort()  # turned around: where each prompt's end is
 
 
 def encode_rows(model, ctx, tokens, position, visible, eot):
@@ -789,7 +790,7 @@ class CoOp(torch.nn.Module):
     classnames: K >= 2 names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
     instead of one for all, (M, D). class_position: "end", "middle" (of an odd M the smaller half
     stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
-    per token; n_ctx is then their number. Without them N(0, 0.02^2) is drawn from by `seed`, which
+    per token; n_ctx is then ignored. Otherwise they are drawn from N(0, 0.02^2) by `seed`, which
     also orders the training. Raises ValueError for bad input; warns of classes of the same name.
 
     For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
