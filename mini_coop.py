@@ -986,7 +986,7 @@ class CoOp(torch.nn.Module):
         _check(not coop.class_specific or list(map(str, coop.classnames)) == state["classnames"],
                f"{path} is class-specific: it serves only the {len(state['ctx'])} classes that it "
                "was learned for, in this order")
-        coop.ctx.data.copy_(state["ctx"])
+        coop.load_state_dict({"ctx": state["ctx"]})  # which checks the shape
         return coop
 
 
