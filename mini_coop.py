@@ -481,8 +481,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, wor
     workers = os.cpu_count() if workers is None else _whole("workers", workers)
     n_px = model.visual.input_resolution
     device = model.text_projection.device
-    # a file's views depend on its name, not on its place; a PIL image has no name
-    names = [i if isinstance(image, Image.Image) else Path(image).name
+    # a file's views depend on its name and its folder's, not on its place; a PIL image has none
+    names = [i if isinstance(image, Image.Image) else "/".join(Path(image).parts[-2:])
              for i, image in enumerate(images)]
     unreadable = {}  # place -> what is wrong
 

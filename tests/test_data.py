@@ -221,6 +221,16 @@ def test_an_unreadable_image_is_named_and_the_rest_is_kept(tiny, tmp_path):
     assert features.isfinite().all(1).tolist() == [False, True]
 
 
+def test_views_of_two_classes_differ_where_files_are_called_alike(tiny, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    files = [tmp_path / "cat/001.png", tmp_path / "dog/001.png"]
+    for file in files:
+        file.parent.mkdir()
+        Image.fromarray(noise).save(file)
+    cat, dog = encode_images(*tiny, files, views=3, progress=False)
+    assert (cat - dog).abs().max() > 1e-4
+
+
 def test_an_images_views_do_not_depend_on_the_others(tiny, tmp_path):
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     for seed, file in enumerate(files):

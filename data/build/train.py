@@ -277,19 +277,23 @@ def contrastive_loss(model, batch, tokenizer, rng, device, half, visual=None):
 
 # ---------------------------------------------------------------- the yardstick
 
-class HeldOut:
-    """The log's yardstick: top-1 accuracy among the most frequent names of the held-out sets.
+class Yardstick:
+    """Top-1 accuracy among the most frequent names of the held-out sets.
 
-    Up to three drawings per name, drawn with a fixed seed.
+    Up to three drawings per name, drawn with a fixed seed. role: whose drawings, those of the
+    held-out sets, for the log, or of the sets that are trained on ("pretrain").
     """
 
-    def __init__(self, work, names=1000, each=3):
-        by_name = {}
+    def __init__(self, work, role="held-out", names=1000, each=3):
+        counts = Counter()
         for _, data in load_drawn(work, "held-out"):
-            for name, picture in zip(data["names"].tolist(), data["pictures"]):
-                by_name.setdefault(name, []).append(picture)
-        counts = Counter({name: len(pictures) for name, pictures in by_name.items()})
+            counts.update(data["names"].tolist())
         self.names = [name for name, _ in counts.most_common(names)]
+        by_name = {name: [] for name in self.names}
+        for _, data in load_drawn(work, role):
+            for name, picture in zip(data["names"].tolist(), data["pictures"]):
+                if name in by_name:
+                    by_name[name].append(picture)
         rng = random.Random(0)
         pictures = []
         labels = []
@@ -418,7 +422,7 @@ def write(run, out):
 
 
 @torch.no_grad()
-def evaluate(path, icons, held_out, tokenizer, device, half):
+def evaluate(path, icons, held_out, seen, tokenizer, device, half):
     """Prints the figures of a checkpoint that the data card gives."""
     state = torch.load(path, map_location=device, weights_only=True)
     model = build_model(dict(state)).float().to(device).eval()
@@ -432,7 +436,9 @@ def evaluate(path, icons, held_out, tokenizer, device, half):
                "loss on 20 augmented batches": round(float(np.mean(losses)), 3),
                "logit scale": round(model.logit_scale.exp().item(), 1),
                "held-out top-1 of 1000 names, %": round(
-                   held_out.accuracy(model, tokenizer, device), 1)}
+                   held_out.accuracy(model, tokenizer, device), 1),
+               "the same of the sets trained on, %": round(
+                   seen.accuracy(model, tokenizer, device), 1)}
     print(json.dumps(figures))
 
 
@@ -453,10 +459,11 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     icons = Icons(args.work, args.only)
-    held_out = HeldOut(args.work)
+    held_out = Yardstick(args.work)
     tokenizer = Tokenizer()
     if args.evaluate:
-        evaluate(args.evaluate, icons, held_out, tokenizer, device, args.half)
+        seen = Yardstick(args.work, "pretrain")
+        evaluate(args.evaluate, icons, held_out, seen, tokenizer, device, args.half)
         return
     run = Run(args.work, device, args.start)
     visual = torch.compile(run.model.visual) if args.compile else None
