@@ -561,6 +561,22 @@ def _context_words(model, ctx_init):
     return tokens
 
 
+def _templates(templates):
+    """One template or several -> a list of them, each with a place for the class name."""
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    _check(templates, "no template to write the class names into")
+    for template in templates:
+        _check("{}" in template, f"the template {template!r} has no {{}} for the class name")
+    return templates
+
+
+def _check_forms(names, class_specific, class_position):
+    _check(len(names) > 1, f"there is one class only ({names[0]!r}): nothing to tell apart")
+    _check(class_specific in (True, False), f"class_specific is a bool, not {class_specific!r}")
+    _check(class_position in ("end", "middle", "front"),
+           f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
+
+
 def _features(coop, features, views=False):
     """Image features on the context's device in float32, or one clear error."""
     E = coop.clip_model.text_projection.shape[1]
@@ -706,11 +722,8 @@ def zero_shot_weights(model, classnames, templates):
     """
     _check_clip(model)
     _, names = _class_names(classnames)
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    _check(templates, "no template to write the class names into")
     features = []
-    for template in templates:
-        _check("{}" in template, f"the template {template!r} has no {{}} for the class name")
+    for template in _templates(templates):
         texts = [template.replace("{}", name) for name in names]
         prompts = [_prompt(model, _tokenizer.encode(text), text) for text in texts]
         packed = pack(prompts, model.text_projection.device)
@@ -806,10 +819,7 @@ class CoOp(torch.nn.Module):
         words = None if ctx_init is None else _context_words(model, ctx_init)
         self.n_ctx = M = _whole("n_ctx", n_ctx) if words is None else len(words)
         self.seed = _whole("seed", seed, least=0)
-        _check(len(names) > 1, f"there is one class only ({names[0]!r}): nothing to tell apart")
-        _check(class_specific in (True, False), f"class_specific is a bool, not {class_specific!r}")
-        _check(class_position in ("end", "middle", "front"),
-               f"class_position must be 'end', 'middle' or 'front', not {class_position!r}")
+        _check_forms(names, class_specific, class_position)
         object.__setattr__(self, "clip_model", model)  # not registered: not in the state dict
         self.class_specific = bool(class_specific)
         self.class_position = class_position
@@ -895,7 +905,8 @@ class CoOp(torch.nn.Module):
                     logits = self(x[batch, view], text_features)  # (B, K)
                     loss = self.loss(logits, y[batch], text_features)
                     optimizer.zero_grad()
-                    loss.backward()
+                    with torch.autocast(x.device.type, enabled=False):  # the caller's, if any
+                        loss.backward()
                     optimizer.step()
                     losses.append(loss.detach())
                     hits.append(logits.argmax(1) == y[batch])
@@ -973,7 +984,8 @@ class CoOp(torch.nn.Module):
         with open(path, "rb") as file:
             try:
                 state = torch.load(file, "cpu", weights_only=True)
-                whole = state["format"] == "mini-coop 1" and state["sha256"] == _seal(state)
+                sealed = state.get("sha256") in (None, _seal(state))  # None: of before the seal
+                whole = state["format"] == "mini-coop 1" and sealed
             except Exception:  # a file that is not ours can raise anything
                 whole = False
         _check(whole, f"{path} was not written by CoOp.save, or is damaged")
@@ -992,7 +1004,8 @@ class CoOp(torch.nn.Module):
 
 def _seal(state):
     """The SHA-256 of a saved context and its settings."""
-    settings = [(key, state[key]) for key in sorted(state) if key not in ("ctx", "sha256")]
+    keys = ("class_position", "class_specific", "classnames", "format", "seed", "text_encoder")
+    settings = [(key, state[key]) for key in keys]
     text = f"{sha256_of({'ctx': state['ctx']})} {settings}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -36,11 +36,12 @@ def effect(preprocess):
 def cached_features(folder, model, preprocess, images, views=1):
     """encode_images of paths, kept in `folder`.
 
-    Features are taken from there only if weights, transform, views and every file (its path, size
-    and time) are the same. Features with a row of NaN are not kept.
+    Features are taken from there only if weights, device, transform, views and every file (its
+    path, size and time) are the same. Features with a row of NaN are not kept.
     """
     weights = sha256_of(model.visual.state_dict())
-    key = digest(weights, effect(preprocess), views, *map(stamp, images))
+    device = model.text_projection.device.type  # CUDA encodes in half precision
+    key = digest(weights, device, effect(preprocess), views, *map(stamp, images))
     file = Path(folder) / f"{key[:32]}.pt"
     try:
         kept = torch.load(file, "cpu", weights_only=True)
@@ -61,8 +62,9 @@ def cached_features(folder, model, preprocess, images, views=1):
 
 
 def result_key(model, preprocess, data, options):
-    """What the results on a data set depend on: weights, images, labels, names and options."""
-    key = [sha256_of(model.state_dict()), effect(preprocess), data.classnames, options]
+    """What results depend on: weights, device, images, labels, names and options."""
+    device = model.text_projection.device.type
+    key = [sha256_of(model.state_dict()), device, effect(preprocess), data.classnames, options]
     splits = {"train": data.train, "val": data.val, "test": data.test, **data.domains}
     for name, split in splits.items():
         key += [name, split.labels, *map(stamp, split.images)]

@@ -131,7 +131,7 @@ class Grid:
                 steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
         n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
         if other := sum(cell.path(self.folder, ".json").exists() for cell in todo):
-            print(f"{other} saved cells are damaged or of other images or weights: run again")
+            print(f"{other} saved cells are damaged or of another model, data or device: run again")
         for method in {cell.method for cell in todo} - {"linear probe"}:
             self.new_coop(Cell(method, 1, 0))  # names and options that do not fit are said now
         print(f"plan: {len(todo)} of {len(self.cells)} cells are to be run, {steps:,} training "

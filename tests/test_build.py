@@ -1,19 +1,22 @@
-"""The pure-Python parts of data/build: names, captions, near-duplicates, splits."""
+"""data/build: names, captions, near-duplicates, splits, the training's parts, the card."""
 
 import json
 import random
 import re
 import sys
 
+import clip
 import numpy as np
 import pytest
+import torch
 
-from mini_coop import DATA
+from mini_coop import DATA, load_clip
 
 sys.path.insert(0, str(DATA / "build"))
-captions = pytest.importorskip("captions")
-icons = pytest.importorskip("icons")
-
+import captions  # noqa: E402
+import card  # noqa: E402
+import icons  # noqa: E402
+import train  # noqa: E402
 
 # ---------------------------------------------------------------- names
 
@@ -199,3 +202,84 @@ def test_the_hash_sees_a_drawing_again():
     assert digest == icons.picture_hash(gray.copy())
     assert digest != icons.picture_hash(drawing(4))
     assert digest == icons.picture_hash(np.asarray(icons.few_colours(gray).convert("L")))
+
+
+# ---------------------------------------------------------------- training
+
+CAPTIONS = ["an icon of a cat.", "a two-tone arrow right, inverted", "x" + " house" * 90]
+
+
+def test_the_tokens_of_training_are_clips():
+    tokenizer = train.Tokenizer()
+    expected = clip.tokenize(CAPTIONS, truncate=True).long()
+    tokens = tokenizer(CAPTIONS)
+    assert torch.equal(tokens, expected[:, :tokens.shape[1]]) and tokens.shape[1] == 77
+    # with noise: half of them are longer, by 19 tokens at most, and the caption is still in there
+    own = tokenizer.tokens("cat")
+    rows = [row[row > 0].tolist() for row in tokenizer(["cat"] * 400, random.Random(0))]
+    longer = [len(row) - 3 for row in rows if len(row) > 3]
+    assert 150 < len(longer) < 250 and min(longer) == 1 and max(longer) == 19
+    assert all(own[0] in row and row[-1] == train.EOT for row in rows)
+    assert 0.6 < sum(row[-2] == own[0] for row in rows if len(row) > 3) / len(longer) < 0.9
+
+
+def test_the_text_encoder_of_training_is_clips():
+    torch.manual_seed(0)
+    model = train.new_model().eval()
+    tokens = train.Tokenizer()(CAPTIONS)
+    with torch.no_grad():
+        expected = model.encode_text(clip.tokenize(CAPTIONS, truncate=True))
+        assert torch.allclose(train.encode_text(model, tokens), expected, atol=1e-5)
+
+
+def test_a_run_resumes_averages_and_is_written_whole(tmp_path):
+    run = train.Run(tmp_path, "cpu")
+    before = run.model.text_projection.detach().clone()
+    run.update(run.model.text_projection.sum(), lr=0.1)
+    moved = run.model.text_projection.detach() - before
+    kept = 1 / 10  # of the first step: (1 + 0) / (10 + 0)
+    assert moved.abs().max() > 0.05
+    assert torch.allclose(run.average["text_projection"], before + (1 - kept) * moved, atol=1e-6)
+    run.save()
+    again = train.Run(tmp_path, "cpu")
+    assert again.step == 1 and torch.equal(again.model.text_projection, run.model.text_projection)
+    train.write(again, tmp_path / "new.pt")
+    model, _ = load_clip(tmp_path / "new.pt", "cpu")
+    assert torch.allclose(model.text_projection, run.average["text_projection"], atol=1e-3)
+    with pytest.raises(SystemExit, match="started from other weights: move it away"):
+        train.Run(tmp_path, "cpu", start=tmp_path / "new.pt")
+
+
+# ---------------------------------------------------------------- the card
+
+def test_the_cards_tables_are_those_of_the_results():
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    assert card.all_tables() == text.partition(card.RESULTS)[2].partition(card.END)[0]
+    readme = (DATA.parent / "README.md").read_text(encoding="utf-8")
+    for method in card.report.METHODS:
+        cells = []
+        for n in card.SHOTS:
+            averages = card.report.average_over_tasks(card.kept(), method, n)
+            cells.append(card.report.spelled(averages).split()[0])
+        assert card.row(method, "", *cells).replace("|  |", "| |") in readme
+
+
+def test_collect_takes_a_grid_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "data/results").mkdir(parents=True)
+    for suffix, setting in card.SETTINGS.items():
+        for task, result in card.kept(suffix).items():
+            folder = tmp_path / f"runs/mini_{task}{setting}"
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps({"seconds": 1, **result}))
+    monkeypatch.setattr(card, "HERE", tmp_path / "data/build")
+    with pytest.raises(FileNotFoundError, match="mini_outlines"):
+        card.collect(tmp_path / "runs")
+    assert not list((tmp_path / "data/results").iterdir())
+    (tmp_path / "runs/mini_outlines").mkdir()
+    source = DATA / "results/outlines.json"
+    result = {"seconds": 1, **json.loads(source.read_text())}
+    (tmp_path / "runs/mini_outlines/results.json").write_text(json.dumps(result))
+    card.collect(tmp_path / "runs")
+    made = {file.name: file.read_text() for file in (tmp_path / "data/results").iterdir()}
+    assert len(made) == 43
+    assert all(text == (DATA / "results" / name).read_text() for name, text in made.items())

@@ -187,17 +187,20 @@ def test_the_recipe_by_hand(tiny):
 
 
 def test_views_are_drawn_per_epoch(tiny):
-    """Of two views one is poison: training sees both."""
+    """Of two views one is poison, the first or the last: training sees both."""
     features, labels = solvable()
     one = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2).fit(
         features, labels, epochs=3, progress=False
     )
     same = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2)
     same.fit(features[:, None].expand(-1, 2, -1), labels, epochs=1, progress=False)
-    other = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2)
-    other.fit(torch.stack([features, -features], 1), labels, epochs=3, progress=False)
-    assert torch.isfinite(other.ctx).all() and not torch.allclose(one.ctx, other.ctx)
     assert len(same.history_["loss"]) == 1
+    for poisoned in (0, 1):
+        views = [features, features]
+        views[poisoned] = -features
+        other = CoOp(tiny[0], ["cat", "dog", "ox", "bird"], 2)
+        other.fit(torch.stack(views, 1), labels, epochs=3, progress=False)
+        assert torch.isfinite(other.ctx).all() and not torch.allclose(one.ctx, other.ctx)
 
 
 def test_same_seed_same_context(tiny):
@@ -562,7 +565,7 @@ def test_inference_mode_and_other_default_types(tiny):
     assert torch.equal(coop.ctx, expected)
     with torch.autocast("cpu", torch.bfloat16):
         coop = CoOp(tiny[0], names, 2).fit(features, labels, epochs=3, progress=False)
-    assert torch.allclose(coop.ctx, expected, atol=1e-3) and coop.ctx.dtype == torch.float32
+    assert torch.allclose(coop.ctx, expected, atol=1e-6) and coop.ctx.dtype == torch.float32
     try:
         torch.set_default_dtype(torch.float64)
         coop = CoOp(tiny[0], names, 2).fit(features, labels, epochs=3, progress=False)
@@ -574,6 +577,15 @@ def test_inference_mode_and_other_default_types(tiny):
 def test_what_load_clip_gives_is_a_pair(tiny):
     with pytest.raises(ValueError, match=r"model, preprocess = load_clip\(\)"):
         CoOp(tiny, ["cat", "dog"])
+
+
+def test_a_context_saved_before_there_was_a_hash_is_read(tiny, tmp_path):
+    coop = CoOp(tiny[0], ["cat", "dog"], 2)
+    coop.save(tmp_path / "ctx.pt")
+    state = torch.load(tmp_path / "ctx.pt", weights_only=True)
+    del state["sha256"]
+    torch.save(state, tmp_path / "old.pt")
+    assert torch.equal(CoOp.load(tmp_path / "old.pt", tiny[0]).ctx, coop.ctx)
 
 
 def test_a_context_whose_settings_were_changed_is_noticed(tiny, tmp_path):

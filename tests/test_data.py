@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import warnings
 import zipfile
@@ -547,6 +548,12 @@ def test_the_card_names_every_set_with_a_licence():
         start = f"| {row['set']} | {row['version']} |"
         line = next(line for line in card if line.startswith(start))
         assert any(f"| {licence} |" in line for licence in PERMISSIVE), line
+    # and the npm packages that draw the icons and give them further names
+    recipe = (mini_coop.DATA / "build/render.py").read_text(encoding="utf-8")
+    packages = re.findall(r'"(@?[a-z/-]+)@(\d[\d.]+)"', recipe)
+    assert len(packages) == 5
+    for name, version in packages:
+        assert re.search(rf"`{name}` {version} \([A-Z]", "\n".join(card)), name
 
 
 def test_the_embedded_clip_is_the_same_model_in_every_way(mini):

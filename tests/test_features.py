@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision import transforms
 
 import features
-from features import cached_features
+import mini_coop
+from features import cached_features, result_key
 
 
 def picture(path, colour=(200, 30, 30)):
@@ -67,6 +68,16 @@ def test_transforms_and_places_are_told_apart(tiny, tmp_path, monkeypatch):
     elsewhere = get(lambda x: x)
     assert not torch.allclose(plain, negative) and not torch.allclose(plain, elsewhere)
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_results_of_another_device_are_told_apart(tiny):
+    class Elsewhere:
+        text_projection = torch.empty(0, device="meta")
+        state_dict = tiny[0].state_dict
+
+    data = mini_coop.load_dataset("styles")
+    here = result_key(*tiny, data, ())
+    assert here == result_key(*tiny, data, ()) != result_key(Elsewhere, tiny[1], data, ())
 
 
 def test_features_with_an_unreadable_image_are_not_kept(tiny, tmp_path):

@@ -63,6 +63,22 @@ def test_main_job(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
 
 
+def test_the_grids_probe_learns_from_features_as_they_come(tmp_path, monkeypatch):
+    """Not normalised: the length changes what C means."""
+    seen = []
+    probe = grid.linear_probe
+    monkeypatch.setattr(grid, "linear_probe", lambda *args: seen.append(args) or probe(*args))
+    command = "--dataset styles --shots 1 --seeds 1 --class-specific no --out".split()
+    grid.main([*command, str(tmp_path), *SMALL])
+    train, _, val, _ = seen[0]
+    model, preprocess = load_clip("mini", "cpu")
+    data = mini_coop.load_dataset("styles")
+    for x, split in ((train, data.train), (val, data.val)):
+        raw = mini_coop.encode_images(model, preprocess, split.images, progress=False)
+        distance = torch.cdist(x, raw).min(1).values
+        assert (distance < 1e-3 * x.norm(dim=1)).all() and (x.norm(dim=1) - 1).abs().min() > 0.1
+
+
 def test_own_folder_with_an_unreadable_image_and_views(tmp_path, capsys):
     root = photos(tmp_path / "photos")
     bad = mini_coop.load_dataset(root).train.images[0]
@@ -155,7 +171,7 @@ def test_a_finished_cell_is_kept_and_a_damaged_one_is_run(tmp_path, capsys, monk
     (folder / "CoOp_unified_2_shots_seed_1.pt").write_bytes(b"garbage")
     grid.main(command)
     out = capsys.readouterr().out
-    assert calls[9:] == [16] and "cells are damaged or of other images or weights" in out
+    assert calls[9:] == [16] and "cells are damaged or of another model, data or device" in out
     grid.main([*command, "--class-position", "front"])  # another setting has a folder of its own
     assert len(calls) == 10 + 8 and results_of(folder)["few_shot"] == first["few_shot"]
     monkeypatch.setattr(features, "sha256_of", lambda *args: "other weights")
@@ -314,11 +330,14 @@ def test_environment_and_pyproject_name_the_same_packages():
     project = (ROOT / "pyproject.toml").read_text()
     wanted = set(re.findall(r'"([A-Za-z-]+)', re.search(r"^dependencies = \[(.*?)\]", project,
                                                         re.S | re.M)[1]))
-    wanted |= set(re.findall(r'"(clip|nbval|jupyter)\b', project))
+    wanted |= set(re.findall(r'"(clip)\b', project))
+    wanted |= set(re.findall(r'"([A-Za-z-]+)', re.search(r"^test = \[(.*?)\]", project,
+                                                         re.S | re.M)[1]))
     lines = (ROOT / "environment.yml").read_text()
     listed = set(re.findall(r"^ +- ([A-Za-z][A-Za-z-]*)", lines, re.M))
     listed -= {"conda-forge", "python", "pip", "git"}
-    assert listed == wanted == {"torch", "clip", "jupyter", "matplotlib", "scikit-learn", "nbval"}
+    assert listed == wanted == {"torch", "clip", "jupyter", "matplotlib", "scikit-learn", "nbval",
+                                "pytest-xdist", "ruff"}
     commits = re.findall(r"openai/CLIP(?:\.git)?@([0-9a-f]{40})", project + lines)
     assert len(commits) == 2 and len(set(commits)) == 1
 

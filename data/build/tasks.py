@@ -2,7 +2,7 @@
 
     python tasks.py [--work work] [--sheets DIR]
 
-Writes the five tasks and `outlines`, the domain-shift view of `objects`. --sheets also writes a
+Writes the six tasks and `outlines`, the domain-shift view of `objects`. --sheets also writes a
 contact sheet of every class, which is how the wrong labels in removed.tsv were found.
 
 What one set draws under one name, in all its styles and weights, falls on one side of a split; of

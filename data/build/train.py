@@ -1,18 +1,19 @@
 """Step 2: pre-trains the mini-CLIP on the drawn icons and their names; writes OpenAI's layout.
 
-    python train.py --minutes 90 [--work work] [--out ../mini_clip.pt]
+    python train.py --minutes 90 [--work work] [--out work/mini_clip.pt]
     python train.py --minutes 90 --start ../mini_clip.pt    starts from given weights
-    python train.py --evaluate ../mini_clip.pt    loss and held-out accuracy of a checkpoint
+    python train.py --evaluate ../mini_clip.pt    loss and accuracy of a checkpoint
 
 The learning rate follows the time spent, so a run ends when you say, on any machine. A checkpoint
 is saved every five minutes, and the same command resumes from it. What is printed is also written
-to train.log.
+to train.log in the folder of work.
 """
 import argparse
+import hashlib
 import json
 import math
 import random
-import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -328,6 +329,7 @@ class Run:
         self.device = device
         self.file = work / "checkpoint.pt"
         self.log_file = work / "train.log"
+        self.start = hashlib.sha256(start.read_bytes()).hexdigest() if start else None
         self.model = new_model()
         if start:
             state = torch.load(start, map_location="cpu", weights_only=True)
@@ -343,6 +345,9 @@ class Run:
         self.spent = 0.0  # seconds
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
+            if state.get("start") != self.start:
+                sys.exit(f"{self.file} is a run that started from other weights: move it away to "
+                         "begin a new one, or give the same --start to resume it")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average = state["average"]
@@ -357,7 +362,8 @@ class Run:
 
     def save(self):
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "average": self.average, "step": self.step, "spent": self.spent}
+                 "average": self.average, "step": self.step, "spent": self.spent,
+                 "start": self.start}
         torch.save(state, self.file.with_suffix(".tmp"))
         self.file.with_suffix(".tmp").replace(self.file)
 
@@ -419,6 +425,8 @@ def write(run, out):
     build_model(dict(state))  # refuses what OpenAI's code could not read
     torch.save(state, out.with_suffix(".tmp"))
     out.with_suffix(".tmp").replace(out)
+    print(f"{out}: try it with --model; its SHA-256 is",
+          hashlib.sha256(out.read_bytes()).hexdigest())
 
 
 @torch.no_grad()
@@ -450,7 +458,7 @@ def main():
     todo.add_argument("--evaluate", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="weights to start from")
     parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "mini_clip.pt")
+    parser.add_argument("--out", type=Path, default=HERE / "work/mini_clip.pt")
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
     parser.add_argument("--half", action="store_true",
                         help="bfloat16: three times faster on a CPU or card that has it")
@@ -472,9 +480,7 @@ def main():
     accuracy = held_out.accuracy(run.averaged(), tokenizer, device)
     run.log(f"the end: {run.step * BATCH} drawings, held-out top-1 of 1000 names {accuracy:.1f} %")
     write(run, args.out)
-    if not args.only:
-        np.save(HERE / "pretraining_hashes.npy", icons.hashes)
-        shutil.copy(run.log_file, HERE / "train.log")
+    np.save(args.work / "pretraining_hashes.npy", icons.hashes)
 
 
 if __name__ == "__main__":
