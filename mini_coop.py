@@ -905,7 +905,7 @@ class CoOp(torch.nn.Module):
                     logits = self(x[batch, view], text_features)  # (B, K)
                     loss = self.loss(logits, y[batch], text_features)
                     optimizer.zero_grad()
-                    with torch.autocast(x.device.type, enabled=False):  # the caller's, if any
+                    with torch.autocast(x.device.type, enabled=False):  # a caller's ends here
                         loss.backward()
                     optimizer.step()
                     losses.append(loss.detach())
