@@ -649,13 +649,13 @@ def pack(prompts, device, row_tokens=None, part_tokens=6400):
         P += 1
     row_tokens = row_tokens or 72 + 8 * P  # the fastest of those tried on CPUs
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
-    by_length = sorted(range(K), key=lambda k: len(prompts[k]))
-    rows = []
-    for r in range(n_rows):
-        cells = [(prompts[0][p], p, -1) for p in range(P)]  # token, position, owner
-        for k in by_length[r::n_rows]:  # dealt like cards, so that rows are about as long
-            cells += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
-        rows.append(torch.tensor(cells, device=device))
+    trunk = [(prompts[0][p], p, -1) for p in range(P)]  # token, position, owner
+    rows = [trunk] * n_rows
+    # the longest branches first, each to the shortest row: so rows become about as long
+    for k in sorted(range(K), key=lambda k: len(prompts[k]), reverse=True):
+        r = min(range(n_rows), key=lambda r: len(rows[r]))
+        rows[r] = rows[r] + [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
+    rows = [torch.tensor(row, device=device) for row in rows]
     # zeros pad short rows at the end, where tril() lets no token see them
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch

@@ -25,7 +25,7 @@ NAMES = ["cat", "a_very_long_name of an outdoor apartment building with a swimmi
 
 
 # one row; several rows; several parts, which are computed again in the backward pass
-@pytest.mark.parametrize("part, row", [(9999, 500), (9999, 16), (60, 16)])
+@pytest.mark.parametrize("part, row", [(9999, 500), (9999, 16), (60, 8)])
 @pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
@@ -49,7 +49,7 @@ def test_equal_to_the_77_token_way(
     assert coop.n_ctx == n_ctx and coop.ctx.shape == shape
     parts, _ = coop.packed
     assert (len(parts) > 1) == (part == 60)
-    assert (len(parts[0][0]) > 1) == (row == 16)
+    assert (len(parts[0][0]) > 1) == (row < 500)
     target = torch.randn(len(NAMES), 32, generator=torch.Generator().manual_seed(0))
     ours = coop.text_features()
     theirs = reference_features(coop)
