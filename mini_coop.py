@@ -570,7 +570,7 @@ def _templates(templates):
     return templates
 
 
-def _check_forms(names, class_specific, class_position):
+def _check_options(names, class_specific, class_position):
     _check(len(names) > 1, f"there is one class only ({names[0]!r}): nothing to tell apart")
     _check(class_specific in (True, False), f"class_specific is a bool, not {class_specific!r}")
     _check(class_position in ("end", "middle", "front"),
@@ -650,11 +650,11 @@ def pack(prompts, device, row_tokens=None, part_tokens=6400):
     row_tokens = row_tokens or 72 + 8 * P  # the fastest of those tried on CPUs
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
     trunk = [(prompts[0][p], p, -1) for p in range(P)]  # token, position, owner
-    rows = [trunk] * n_rows
-    # the longest branches first, each to the shortest row: so rows become about as long
+    rows = [list(trunk) for _ in range(n_rows)]
+    # the longest branches first, each into the emptiest row, so that all become about as long
     for k in sorted(range(K), key=lambda k: len(prompts[k]), reverse=True):
-        r = min(range(n_rows), key=lambda r: len(rows[r]))
-        rows[r] = rows[r] + [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
+        emptiest = min(rows, key=len)
+        emptiest += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
     rows = [torch.tensor(row, device=device) for row in rows]
     # zeros pad short rows at the end, where tril() lets no token see them
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
@@ -819,7 +819,7 @@ class CoOp(torch.nn.Module):
         words = None if ctx_init is None else _context_words(model, ctx_init)
         self.n_ctx = M = _whole("n_ctx", n_ctx) if words is None else len(words)
         self.seed = _whole("seed", seed, least=0)
-        _check_forms(names, class_specific, class_position)
+        _check_options(names, class_specific, class_position)
         object.__setattr__(self, "clip_model", model)  # not registered: not in the state dict
         self.class_specific = bool(class_specific)
         self.class_position = class_position
@@ -905,7 +905,8 @@ class CoOp(torch.nn.Module):
                     logits = self(x[batch, view], text_features)  # (B, K)
                     loss = self.loss(logits, y[batch], text_features)
                     optimizer.zero_grad()
-                    with torch.autocast(x.device.type, enabled=False):  # a caller's ends here
+                    # a caller's autocast must not reach into the backward pass
+                    with torch.autocast(x.device.type, enabled=False):
                         loss.backward()
                     optimizer.step()
                     losses.append(loss.detach())
@@ -984,7 +985,7 @@ class CoOp(torch.nn.Module):
         with open(path, "rb") as file:
             try:
                 state = torch.load(file, "cpu", weights_only=True)
-                sealed = state.get("sha256") in (None, _seal(state))  # None: of before the seal
+                sealed = state.get("sha256") in (None, _seal(state))  # None: before there was one
                 whole = state["format"] == "mini-coop 1" and sealed
             except Exception:  # a file that is not ours can raise anything
                 whole = False

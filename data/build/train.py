@@ -458,7 +458,7 @@ def main():
     todo.add_argument("--evaluate", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="weights to start from")
     parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--out", type=Path, default=HERE / "work/mini_clip.pt")
+    parser.add_argument("--out", type=Path, help="default: mini_clip.pt in the folder of work")
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
     parser.add_argument("--half", action="store_true",
                         help="bfloat16: three times faster on a CPU or card that has it")
@@ -479,7 +479,7 @@ def main():
     run.save()
     accuracy = held_out.accuracy(run.averaged(), tokenizer, device)
     run.log(f"the end: {run.step * BATCH} drawings, held-out top-1 of 1000 names {accuracy:.1f} %")
-    write(run, args.out)
+    write(run, args.out or args.work / "mini_clip.pt")
     np.save(args.work / "pretraining_hashes.npy", icons.hashes)
 
 
