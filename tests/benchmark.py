@@ -5,22 +5,21 @@ on the values. The published way is tests/reference.py, 77 tokens for every clas
 images in every step; float32 on a CPU, float16 on CUDA. Not a test: all that is asserted is that
 both ways give the same gradient.
 
-On two AVX2 cores of a virtual machine, torch 2.14.1, November 2026 (published / ours):
+On two AVX-512 cores of a virtual machine, torch 2.14.1, November 2026 (published / ours):
 
     text step, both passes           seconds             memory in MB
-    10 classes, unified              1.48 / 0.19  =  7.8      417 / 46    =  9.1
-    10 classes, class-specific       1.44 / 0.47  =  3.1      412 / 128   =  3.2
-    100 classes, unified             20.7 / 0.90  = 23.0     3949 / 216   = 18.3
-    100 classes, class-specific      18.0 / 3.23  =  5.6     3844 / 1109  =  3.5
-    1000 classes, unified             162 / 7.5   = 21.6    44756*/ 2115  = 21.2
-    1000 classes, class-specific      175 / 56.4  =  3.1    45316*/ 3653  = 12.4
-    whole training, 100 classes      68.7 h / 2.4 h = 28.7
+    10 classes, unified              0.76 / 0.080 =  9.6      418 / 45    =  9.3
+    10 classes, class-specific       0.75 / 0.21  =  3.6      408 / 116   =  3.5
+    100 classes, unified              7.7 / 0.39  = 19.7     3872 / 208   = 18.6
+    100 classes, class-specific       7.6 / 1.73  =  4.4     3909 / 1023  =  3.8
+    1000 classes, unified            85.5 / 4.1   = 20.9    44333*/ 1835  = 24.2
+    1000 classes, class-specific     82.0 / 27.1  =  3.0    45201*/ 3960  = 11.4
+    whole training, 100 classes      24.9 h / 70 min = 21.2
     (* computed: ten slices of 100 classes, as 1000 do not fit)
 
-On two AVX-512 cores the published way gains more from wide registers, and the ratios are smaller:
-100 classes unified 7.7 / 0.39 s = 19.7, class-specific 7.6 / 1.73 = 4.4. A step of the mini-CLIP
-with 37 classes takes 4.2 ms there, class-specific 19.6; with the code before the packed tree
-(commit b95d094) 5.3 and 17.6.
+Runs differ by a tenth. On AVX2 cores (at commit ba4aa51) 100 classes were 23.0 and 5.6 times faster,
+1000 classes 21.6 and 3.1. A step of the mini-CLIP with 37 classes takes 4.2 ms, class-specific 19.6;
+with the code before the packed tree (commit b95d094) 5.3 and 17.6.
 """
 import argparse
 import copy
