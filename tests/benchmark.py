@@ -17,9 +17,9 @@ On two AVX-512 cores of a virtual machine, torch 2.14.1, November 2026 (publishe
     whole training, 100 classes      24.9 h / 70 min = 21.2
     (* computed: ten slices of 100 classes, as 1000 do not fit)
 
-Runs differ by a tenth. On AVX2 cores (at commit ba4aa51) 100 classes were 23.0 and 5.6 times faster,
-1000 classes 21.6 and 3.1. A step of the mini-CLIP with 37 classes takes 4.2 ms, class-specific 19.6;
-with the code before the packed tree (commit b95d094) 5.3 and 17.6.
+Runs differ by a tenth. On AVX2 cores (at commit ba4aa51) 100 classes were 23.0 and 5.6 times
+faster, 1000 classes 21.6 and 3.1. A step of the mini-CLIP with 37 classes takes 4.2 ms,
+class-specific 19.6; with the code before the packed tree (commit b95d094) 5.3 and 17.6.
 """
 import argparse
 import copy
