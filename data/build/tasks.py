@@ -1,9 +1,11 @@
 """Step 3: the embedded tasks, from the held-out icon sets.
 
     python tasks.py [--work work] [--sheets DIR]
+    python tasks.py --favicons
 
-Writes the six tasks and `outlines`, the domain-shift view of `objects`. --sheets also writes a
-contact sheet of every class, which is how the wrong labels in removed.tsv were found.
+Writes all tasks and their domain-shift views. --sheets also writes a contact sheet of every class,
+which is how the wrong labels in removed.tsv were found. --favicons writes only `favicons` and
+`favicon_outlines`, which are drawn from the archive of `objects`, so no icon sets are needed.
 
 What one set draws under one name, in all its styles and weights, falls on one side of a split; of
 drawings of different origin that correlate by more than 0.95 only one is kept. The hand-written
@@ -94,6 +96,7 @@ TEMPLATES = {
     "designers": "an icon by {}.",
     "actions": "an icon that says {}.",
     "things": "an icon of a {}.",
+    "favicons": "a pixel art {}.",
 }
 # Drawings per class: train, val, test.
 SIZES = {
@@ -304,13 +307,18 @@ def file_name(d, dark=False):
 
 def write_archive(path, splits, domains, pixels):
     """All drawings of the splits and domains as a zip of PNGs."""
-    pictures = {}
+    pictures = {}  # file name -> PNG
     for s in SPLITS:
         for d, _ in splits[s]:
             pictures[file_name(d)] = png(d["picture"], pixels)
     for rows in domains.values():
         for d, _, dark in rows:
             pictures[file_name(d, dark)] = png(d["picture"], pixels, dark)
+    write_zip(path, pictures)
+
+
+def write_zip(path, pictures):
+    """A zip of {file name: PNG}."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         for key in sorted(pictures):
             # a fixed date: the same archive every time
@@ -333,11 +341,34 @@ def write(task, folder, classnames, template, splits, domains=None, archive="ima
         for key, rows in domains.items():
             data["domains"][key] = [[file_name(d, dark), label] for d, label, dark in rows]
             counts.append(f"{len(rows)} {key}")
-    # one image per line
+    write_json(folder, data)
+    print(f"{task}: {len(classnames)} classes, {', '.join(counts)}")
+
+
+def write_json(folder, data):
+    """<folder>/dataset.json, one image per line."""
     text = json.dumps(data, ensure_ascii=False)
     text = text.replace('], ["', '],\n["').replace('": [[', '": [\n[')
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
-    print(f"{task}: {len(classnames)} classes, {', '.join(counts)}")
+
+
+def favicons(data):
+    """`objects` and `outlines` again, their drawings in 16 x 16 pixels, the size of a favicon."""
+    pictures = {}
+    with zipfile.ZipFile(data / "objects/images.zip") as archive:
+        for name in archive.namelist():
+            picture = np.asarray(Image.open(archive.open(name)).convert("RGB"))
+            pictures[name] = png(picture, pixels=16)
+    for task, source, images in (("favicons", "objects", "images.zip"),
+                                 ("favicon_outlines", "outlines", "../favicons/images.zip")):
+        spec = json.loads((data / source / "dataset.json").read_text(encoding="utf-8"))
+        spec |= {"name": task, "template": TEMPLATES["favicons"], "images": images}
+        if task == "favicons":
+            del spec["domains"]
+        (data / task).mkdir(exist_ok=True)
+        write_json(data / task, spec)
+        print(f"{task}: {source} in 16 x 16 pixels")
+    write_zip(data / "favicons/images.zip", pictures)
 
 
 def sheet(path, classnames, splits, columns=34):
@@ -376,7 +407,11 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, default=HERE.parent)
     parser.add_argument("--sheets", type=Path)
+    parser.add_argument("--favicons", action="store_true")
     args = parser.parse_args()
+    if args.favicons:
+        favicons(args.out)
+        return
     with open(HERE / "removed.tsv", newline="") as file:
         removed = list(csv.DictReader(file, delimiter="\t"))
     drawings = held_out(args.work)
@@ -402,6 +437,7 @@ def main():
         write("outlines", args.out / "outlines", names, TEMPLATES[task], only_outlines(splits),
               domains, archive=f"../{task}/images.zip")
         write("pixels", args.out / "pixels", names, TEMPLATES["pixels"], splits, pixels=10)
+        favicons(args.out)
 
 
 if __name__ == "__main__":
