@@ -1,248 +1,384 @@
-"""The main job, `python mini_coop.py`: zero-shot, linear probe and CoOp over shots and seeds.
+"""The main job, `python mini_coop.py`: zero-shot CLIP, linear probe and CoOp over shots and seeds.
 
-A cell of the grid (a method, a number of shots, a seed) that is finished is kept and not run again,
-so the same command resumes after an interruption.
+For each data set, <out>/<model>_<data set>/ gets results.json, figure.png and the learned contexts.
+results.json is written after every run (a method, a number of shots, a seed), so the same command
+resumes after an interruption. It holds accuracies in %:
+
+    {"settings": {...}, "chance": %, "template": the data set's own, "zero_shot": {template: row},
+     "untrained": [row, ...], "few_shot": {method: {shots: [row of a seed, ...]}}}
+
+A row is {split: %}.
 """
+import argparse
 import hashlib
 import json
+import math
+import os
+import platform
+import re
 import sys
-import time
+import warnings
+import zipfile
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, pstdev
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-import check
 import mini_coop
-from features import cached_features, result_key
-from mini_coop import CoOp, few_shot, linear_probe, whole_file, zero_shot_weights
-from options import arguments, run_folder, writable_folder
-from report import METHODS, TEMPLATES, average_table, figure, save
 
-# ---------------------------------------------------------------- one data set's grid
-
-class Cell(NamedTuple):
-    method: str
-    shots: int
-    seed: int
-
-    def path(self, folder, suffix):
-        method = self.method.replace(" ", "_")
-        return folder / f"{method}_{self.shots}_shots_seed_{self.seed}{suffix}"
+METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
+LOOKS = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
+         "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line
+# Hand-written templates, compared beside a data set's own; four are the paper's
+TEMPLATES = ("{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
+             "{} texture.", "a centered satellite photo of {}.")
 
 
-class Grid:
-    """One data set: which cells are finished, their features, and running them."""
+def arguments(argv):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser("mini_coop.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
+    add("--dataset", nargs="+", default=["favicons"], help="names under data/, or folders")
+    add("--template", help="in place of the data set's own, such as 'a photo of a {}.'")
+    add("--shots", nargs="+", type=int, default=[1, 4], help="labelled images per class: 1 4")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of samples and contexts: 1 2 3")
+    add("--n-ctx", type=int, default=16, help="context vectors: 16")
+    add("--class-specific", choices=["yes", "no", "both"], default="both",
+        help="a context for each class, one for all, or both in turn: both")
+    add("--class-position", choices=["end", "middle", "front"], default="end")
+    add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
+    add("--epochs", type=int, help="in place of the paper's; 0: contexts as they start")
+    add("--views", type=int, default=1, help="random crops of a training image; 1: as it is")
+    add("--device", help="cpu or cuda; without it, CUDA where there is one")
+    add("--out", type=Path, default=Path("runs"), help="folder for what is saved: runs")
+    args = parser.parse_args(argv)
+    if min(args.shots) < 1:
+        parser.error("--shots begin at 1; zero-shot accuracies are printed always")
+    return args
 
-    def __init__(self, model, preprocess, data, folder, args):
-        if not data.train.images or not data.test.images:
-            part = "test" if data.train.images else "training"
-            raise ValueError(f"{data.name} has no {part} images: the comparison needs both "
-                             "(without folders train/ and test/, a class needs 4 images or more)")
-        self.model = model
-        self.preprocess = preprocess
-        self.data = data
-        self.folder = folder
-        self.args = args
-        papers = 50 if data.name == "imagenet" else None  # None: by shots
-        self.epochs = papers if args.epochs is None else args.epochs
-        self.left_out = set()  # images that cannot be read
-        self.tests = {"test": data.test, **data.domains}
-        methods = {"yes": METHODS[::2], "no": METHODS[:2], "both": METHODS}[args.class_specific]
-        self.methods = [m for m in methods if data.val.images or m != "linear probe"]
-        self.picks = {}  # (shots, seed) -> indices of training and of validation images
-        self.cells = []
-        for n in args.shots:
-            for seed in args.seeds:
-                self.picks[n, seed] = few_shot(data.train.labels, n, seed, data.val.labels)
-                self.cells += [Cell(method, n, seed) for method in self.methods]
-        options = args.n_ctx, args.class_position, args.ctx_init, self.epochs, args.views
-        self.key = result_key(model, preprocess, data, options)
 
-    def finished(self, cell):
-        """A finished cell's accuracies {split: %}, or None."""
-        try:
-            kept = json.loads(cell.path(self.folder, ".json").read_text())
-            if kept["key"] != self.key or kept["context"] != self.context_hash(cell):
-                return None
-            self.left_out |= set(kept["left_out"])
-            return kept["accuracy"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+# ---------------------------------------------------------------- results.json
 
-    def context_hash(self, cell):
-        """SHA-256 of a cell's saved context; the probe saves none."""
-        file = cell.path(self.folder, ".pt")
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def identity(model, data, args):
+    """The settings that results depend on: one results.json holds results of the same ones."""
+    images = []
+    for split in (data.train, data.val, data.test, *data.domains.values()):
+        images.append(split.labels)
+        for image in split.images:
+            inside = isinstance(image, zipfile.Path)
+            size = image.root.getinfo(image.at).CRC if inside else os.path.getsize(image)
+            images.append((image.name, size))
+    weights = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        weights.update(tensor.float().cpu().numpy().tobytes())
+    keys = ("model", "n_ctx", "class_position", "ctx_init", "epochs", "views")
+    return {**{key: getattr(args, key) for key in keys}, "template": data.template,
+            "device": model.text_projection.device.type, "class names": data.classnames,
+            "images": hashlib.sha256(repr(images).encode()).hexdigest(),
+            "weights": weights.hexdigest()}
 
-    def keep(self, cell, accuracy, coop=None):
-        cell.path(self.folder, ".json").unlink(missing_ok=True)  # no old result, new context
-        if coop is not None:
-            coop.save(cell.path(self.folder, ".pt"))
-        with whole_file(cell.path(self.folder, ".json")) as file:
-            kept = {"key": self.key, "context": self.context_hash(cell), "accuracy": accuracy,
-                    "left_out": sorted(self.left_out)}
-            file.write(json.dumps(kept).encode())
-        return accuracy
 
-    def encode(self, split, indices, views=1):
-        """{index: features} of those images that can be read; kept in <folder>/features."""
-        if not len(indices):
-            return {}
-        images = [split.images[i] for i in indices]
-        cache = self.folder / "features"
-        features = cached_features(cache, self.model, self.preprocess, images, views)
-        found = {i: x for i, x in zip(indices, features) if x.isfinite().all()}
-        self.left_out |= {str(split.images[i]) for i in indices if i not in found}
-        return found
+def read_results(file, same):
+    """Finished runs {(method, shots, seed): row} of results.json, if there is one."""
+    if not file.is_file():
+        return {}
+    kept = json.loads(file.read_text())
+    differ = [key for key, value in same.items() if kept["settings"].get(key) != value]
+    if differ:
+        raise ValueError(f"{file} holds results of other {', '.join(differ)}: choose another --out")
+    done = {}
+    for method, by_shots in kept["few_shot"].items():
+        for shots, rows in by_shots.items():
+            done |= {(method, int(shots), row["seed"]): row for row in rows}
+    return done
 
-    def gather(self, split, features, indices):
-        """-> features (n, ...) and labels (n,) of those of the images that can be read."""
-        indices = [i for i in indices if i in features]
-        if not indices:
-            raise ValueError(f"{self.data.name}: a split, or a draw of it, has no readable image")
-        labels = torch.tensor([split.labels[i] for i in indices])
-        return torch.stack([features[i] for i in indices]), labels
 
-    def accuracies(self, scores):
-        """{split: %} of scores: features (N, E) -> (N, K). A domain of less than half of the
-        classes is a task of those (ImageNet-A and -R)."""
-        K = len(self.data.classnames)
-        result = {}
-        for name, (x, y) in self.test_features.items():
-            few = name != "test" and 1 < len(y.unique()) < K / 2
-            classes = y.unique() if few else torch.arange(K)
-            predicted = classes[scores(x).cpu()[:, classes].argmax(1)]
-            result[name] = 100 * (predicted == y).double().mean().item()
-        return result
+def write_results(file, result, done):
+    """Writes results.json whole, the runs in the order of methods, shots and seeds."""
+    few = {}
+    for run in sorted(done, key=lambda run: (METHODS.index(run[0]), *run[1:])):
+        few.setdefault(run[0], {}).setdefault(str(run[1]), []).append(done[run])
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({**result, "few_shot": few}, indent=1))
+    part.replace(file)
 
-    def prepare(self, todo):
-        """Prints how much there is to do, and encodes the images for it."""
-        steps = 0
-        train = set()
-        val = set()
-        for cell in self.cells if todo else []:  # all: the same after an interruption
-            picks = self.picks[cell[1:]]
-            train |= set(picks[0])
-            val |= set(picks[1])
-            if cell in todo and cell.method != "linear probe":
-                steps += self.n_epochs(cell) * max(1, len(picks[0]) // 32)
-        n_images = len(train) + len(val) + sum(len(split.images) for split in self.tests.values())
-        if other := sum(cell.path(self.folder, ".json").exists() for cell in todo):
-            print(f"{other} saved cells are damaged or of another model, data or device: run again")
-        for method in {cell.method for cell in todo} - {"linear probe"}:
-            self.new_coop(Cell(method, 1, 0))  # names and options that do not fit are said now
-        print(f"plan: {len(todo)} of {len(self.cells)} cells are to be run, {steps:,} training "
-              f"steps, {n_images:,} images", flush=True)
-        self.train = self.encode(self.data.train, sorted(train))
-        self.val = self.encode(self.data.val, sorted(val))
-        self.views = self.encode(self.data.train, sorted(train), self.args.views)
-        self.test_features = {}
-        for name, split in self.tests.items():
-            everything = range(len(split.images))
-            encoded = self.encode(split, everything)
-            self.test_features[name] = self.gather(split, encoded, everything)
 
-    def n_epochs(self, cell):
-        return mini_coop.n_epochs(cell.shots) if self.epochs is None else self.epochs
+# ---------------------------------------------------------------- one data set
 
-    def run(self, cell):
-        train, val = self.picks[cell[1:]]
-        if cell.method == "linear probe":
-            probe = linear_probe(*self.gather(self.data.train, self.train, train),
-                                 *self.gather(self.data.val, self.val, val))
-            seen = torch.from_numpy(probe.classes_)  # it may be some of the classes only
-            columns = F.one_hot(seen, len(self.data.classnames)).double()
+def encode(model, preprocess, images, views=1):
+    """Image features {name: (E,) or (A, E)}; every image is encoded once."""
+    images = {str(image): image for image in images}
+    if not images:
+        return {}
+    return dict(zip(images, mini_coop.encode_images(model, preprocess, images.values(), views)))
 
-            def scores(x):
-                return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
-            return self.keep(cell, self.accuracies(scores))
-        coop = self.new_coop(cell)
-        features = self.gather(self.data.train, self.views, train)
-        coop.fit(*features, self.n_epochs(cell), progress=False)
-        if coop.interrupted_:
-            raise KeyboardInterrupt  # a half-learned context is no result
-        return self.keep(cell, self.accuracies(coop.predict_proba), coop)
 
-    def new_coop(self, cell):
-        args = self.args
-        return CoOp(self.model, self.data.classnames, args.n_ctx, cell.method.endswith("specific"),
-                    args.class_position, args.ctx_init, cell.seed)
+def gather(split, features):
+    """Features (N, ...) and labels (N,) of a split's images."""
+    x = torch.stack([features[str(image)] for image in split.images])
+    return x, torch.tensor(split.labels)
 
-    def zero_shot(self):
-        """{template: {split: %}} of the declared template, the others and their ensemble."""
-        templates = list(dict.fromkeys([self.data.template, *TEMPLATES]))
-        result = {}
-        for name, template in [*zip(templates, templates), ("ensemble of these", templates)]:
-            weights = zero_shot_weights(self.model, self.data.classnames, template)
-            result[name] = self.accuracies(lambda x: x @ weights.T)
-        return result
 
-    def results(self):
-        """Runs what is not finished; returns what results.json holds, accuracies in %."""
-        done = {cell: self.finished(cell) for cell in self.cells}
-        todo = [cell for cell in self.cells if done[cell] is None]
-        self.prepare(todo)
-        zero_shot = self.zero_shot()
-        bar = tqdm(todo, desc=self.data.name, disable=not todo)
-        for cell in bar:
-            bar.set_postfix_str(f"{cell.method}, {cell.shots} shots, seed {cell.seed}")
-            done[cell] = self.run(cell)
-        few = {method: {} for method in self.methods}
-        for cell in self.cells:
-            few[cell.method].setdefault(str(cell.shots), []).append(done[cell])
-        return {"template": self.data.template, "zero_shot": zero_shot, "few_shot": few,
-                "images_left_out": sorted(self.left_out)}
+def probe_scores(probe, K, x):
+    """Scores (N, K) of a linear probe; a class that it did not see has zero."""
+    columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()
+    return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
+
+
+def encode_tests(model, preprocess, data):
+    """{split: (features, labels, is it a shift?)} of the test split and the domains. A domain of
+    test images, as `outlines` has one, is no shift."""
+    test_images = set(map(str, data.test.images))
+    tests = {}
+    for name, split in {"test": data.test, **data.domains}.items():
+        features = encode(model, preprocess, split.images)
+        tests[name] = *gather(split, features), test_images.isdisjoint(features)
+    return tests
+
+
+def accuracies(tests, scores):
+    """{split: %} of scores: features (N, E) -> (N, K). A domain with less than half of the classes
+    (ImageNet-A and -R) is scored among those alone."""
+    row = {}
+    shifts = []
+    for name, (x, y, is_shift) in tests.items():
+        s = scores(x).cpu()
+        classes = y.unique()
+        if name == "test" or len(classes) >= s.shape[1] / 2:
+            classes = torch.arange(s.shape[1])
+        predicted = classes[s[:, classes].argmax(1)]
+        row[name] = 100 * (predicted == y).double().mean().item()
+        shifts += [row[name]] if is_shift else []
+    return {**row, "mean of shifts": mean(shifts)} if shifts else row
+
+
+def before_training(model, data, tests, untrained):
+    """What results.json holds beside the few-shot runs."""
+    zero_shot = {}
+    for template in dict.fromkeys([data.template, *TEMPLATES]):
+        weights = mini_coop.zero_shot_weights(model, data.classnames, template)
+        zero_shot[template] = accuracies(tests, lambda x: x @ weights.T)
+    return {"chance": 100 / len(data.classnames), "template": data.template,
+            "zero_shot": zero_shot,
+            "untrained": [accuracies(tests, coop.predict_proba) for coop in untrained]}
+
+
+def run_grid(model, preprocess, data, folder, args):
+    """Runs what is not finished and saves it in `folder`; returns what results.json holds."""
+    same = identity(model, data, args)
+    done = read_results(folder / "results.json", same)
+    methods = {"yes": METHODS[::2], "no": METHODS[:2], "both": METHODS}[args.class_specific]
+    methods = [method for method in methods if data.val.images or method != "linear probe"]
+    samples = {}  # (shots, seed) -> Dataset
+    todo = []
+    for shots in sorted(set(args.shots)):
+        for seed in sorted(set(args.seeds)):
+            samples[shots, seed] = mini_coop.few_shot(data, shots, seed)
+            todo += [(m, shots, seed) for m in methods if (m, shots, seed) not in done]
+    if not todo:
+        return json.loads((folder / "results.json").read_text())
+
+    def new_coop(seed, class_specific=False):
+        return mini_coop.CoOp(model, data.classnames, args.n_ctx, class_specific,
+                              args.class_position, args.ctx_init, seed)
+
+    # the images of all samples, whatever is finished: so a resumed run draws the same views
+    train = sum([sample.train.images for sample in samples.values()], [])
+    val = sum([sample.val.images for sample in samples.values()], [])
+    features = encode(model, preprocess, train + val)
+    views = features if args.views == 1 else encode(model, preprocess, train, args.views)
+    tests = encode_tests(model, preprocess, data)
+    settings = {**vars(args), **same, "dataset": data.name, "out": str(args.out),
+                "threads": torch.get_num_threads(), "torch": torch.__version__}
+    untrained = map(new_coop, args.seeds)
+    result = {"settings": settings, **before_training(model, data, tests, untrained)}
+    for method, shots, seed in tqdm(todo, data.name, ncols=79):
+        few = samples[shots, seed]
+        if method == "linear probe":
+            probe = mini_coop.linear_probe(*gather(few.train, features), *gather(few.val, features))
+            scores = partial(probe_scores, probe, len(data.classnames))
+        else:
+            coop = new_coop(seed, method == "CoOp class-specific")
+            epochs = mini_coop.n_epochs(shots) if args.epochs is None else args.epochs
+            coop.fit(*gather(few.train, views), epochs, progress=False)
+            coop.save(folder / f"{method.replace(' ', '_')}_{shots}_shots_seed_{seed}.pt")
+            scores = coop.predict_proba
+        done[method, shots, seed] = {"seed": seed, **accuracies(tests, scores)}
+        write_results(folder / "results.json", result, done)
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---------------------------------------------------------------- tables and figure
+
+def mean_std(rows, split="test"):
+    """Mean and standard deviation over seeds (the population's, as in the published code)."""
+    values = [row[split] for row in rows]
+    return mean(values), pstdev(values)
+
+
+def spelled(rows, split="test"):
+    """'61.2 ± 0.8', or of one seed '61.2'."""
+    average, spread = mean_std(rows, split)
+    return f"{average:.1f} ± {spread:.1f}" if len(rows) > 1 else f"{average:.1f}"
+
+
+def own_template(result, split="test"):
+    """Zero-shot accuracy of the data set's own template."""
+    return result["zero_shot"][result["template"]][split]
+
+
+def average(results):
+    """The average over data sets, as one result; its rows are averages of a seed."""
+    def mean_rows(lists):
+        return [{"test": mean_std(rows)[0]} for rows in zip(*lists)]
+
+    few = {}
+    for method in METHODS:
+        tables = [result["few_shot"].get(method) for result in results]
+        if all(tables):
+            few[method] = {n: mean_rows([table[n] for table in tables]) for n in tables[0]}
+    own = mean(map(own_template, results))
+    return {**results[0], "chance": mean(result["chance"] for result in results),
+            "template": "their own templates", "zero_shot": {"their own templates": {"test": own}},
+            "untrained": mean_rows([result["untrained"] for result in results]), "few_shot": few}
+
+
+def paper(settings):
+    """The paper's figures at the same setting: by data set, their average and its Table 1."""
+    start = settings["ctx_init"] or settings["n_ctx"]
+    setting = f"{settings['model']}, {start}, {settings['class_position']}"
+    file = Path(__file__).with_name("published.json")
+    return json.loads(file.read_text()).get(setting, {}) if settings["epochs"] is None else {}
+
+
+def line(name, values, width=11):
+    cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
+    return f"  {name:{78 - 5 * width}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def tables(result, name):
+    """The tables of a data set as text, within 80 columns."""
+    few = result["few_shot"]
+    theirs = paper(result["settings"]).get(name, {})
+    lines = [f"{name}: zero-shot, accuracy in %"]
+    for template, row in result["zero_shot"].items():
+        lines.append(line(template, [row["test"]], 7))
+    if theirs:
+        lines.append(line("  the paper", theirs["zero-shot"].values(), 7))
+    lines.append(line("random vectors, untrained", [mean_std(result["untrained"])[0]], 7))
+    shots = list(few[list(few)[0]])
+    lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds", line("shots", shots)]
+    for method, by_shots in few.items():
+        lines.append(line(method, map(spelled, by_shots.values())))
+        if theirs:
+            lines.append(line("  the paper", [theirs[method].get(n, "") for n in shots]))
+    return "\n".join(lines + domain_table(result, shots[-1]))
+
+
+def domain_table(result, n):
+    """The lines of the table of domains; none if there are no domains."""
+    splits = list(result["zero_shot"][result["template"]])
+    few = {method: by_shots[n] for method, by_shots in result["few_shot"].items()}
+    theirs = paper(result["settings"]).get("domains", {}) if n == "16" else {}
+    heads = ["template", *[method.removeprefix("CoOp ")[:10] for method in few]]
+    lines = ["", line(f"domains, {count(n, 'shot')}", heads)]
+    for split in splits:
+        values = [spelled(rows, split) for rows in few.values()]
+        lines.append(line(split, [own_template(result, split), *values]))
+        if split in theirs:
+            values = [theirs[split].get(method, "") for method in ("zero-shot", *few)]
+            lines.append(line("  the paper", values))
+    return lines if len(splits) > 1 else []
+
+
+def over_shots(results, methods=METHODS):
+    """The paper's figure of {title: result}: a panel for each, at most four in a row."""
+    columns = min(4, len(results))
+    rows = math.ceil(len(results) / columns)
+    fig = Figure((max(5, 2.6 * columns), 2.4 * rows + 1), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(results):]:
+        ax.axis("off")
+    for ax, (title, result) in zip(axes, results.items()):
+        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
+        ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8,
+                   label="random vectors, untrained")
+        ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
+        ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
+        for method in [method for method in methods if method in result["few_shot"]]:
+            shots = list(result["few_shot"][method])
+            at = [1 + i + 0.08 * (METHODS.index(method) - 1) for i in range(len(shots))]
+            means, spreads = zip(*map(mean_std, result["few_shot"][method].values()))
+            color, style = LOOKS[method]
+            ax.errorbar(at, means, spreads, fmt=style, color=color, ms=5, capsize=2, label=method)
+        low, high = ax.get_ylim()
+        more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
+        ax.set(ylim=(low - more, high + more), xticks=range(len(shots) + 1))
+        ax.set_xticklabels([0, *shots])
+        ax.set_title(title, fontsize=11, parse_math=False)  # a folder's name may hold $
+        ax.grid(alpha=0.3)
+    fig.supxlabel("labelled images per class (shots)", fontsize=10)
+    fig.supylabel("test accuracy, %", fontsize=10)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
 
 
 # ---------------------------------------------------------------- the command
 
-def one(model, preprocess, data, folder, args):
-    """Runs one data set's grid; prints its tables, saves results.json and figure.png."""
-    start = time.perf_counter()
-    where = check.hardware(model.text_projection.device)
-    print(f"\n{data.name}: {len(data.classnames)} classes, {len(data.test.images)} test images; "
-          f"CLIP {args.model} on {where}", flush=True)
+def count(n, what):
+    return f"{n} {what}" if int(n) == 1 else f"{n} {what}s"
+
+
+def show_prompts(data):
+    """Prints two full prompts: the names of folders are words that CLIP reads."""
+    names = [name.replace("_", " ") for name in data.classnames]
+    prompts = [data.template.replace("{}", name) for name in (names[0], names[-1])]
+    print(f"\n{data.name}: {len(names)} classes, {len(data.test.images)} test images, prompts "
+          + " ".join(f'"{prompt}"' for prompt in prompts), flush=True)
+    if 2 * sum(re.search(r"[^\W\d_]{2}", name) is None for name in names) > len(names):
+        warnings.warn("most class names are codes, which CLIP cannot read: rename the folders")
+
+
+def one(model, preprocess, data, args):
+    """Runs one data set; prints its tables and saves its figure."""
+    if not data.train.images or not data.test.images:
+        raise ValueError(f"{data.name} needs training and test images")
+    show_prompts(data)
     if not data.val.images:
-        print("no validation images: the linear probe, which chooses its C on them, is left out "
-              "(for ImageNet the paper takes the C of Caltech101)")
-    result = Grid(model, preprocess, data, folder, args).results()
-    settings = {**vars(args), "dataset": data.name, "out": str(args.out), "device": where,
-                "torch": torch.__version__}
-    result = {"settings": settings, "seconds": round(time.perf_counter() - start, 1), **result}
-    save(result, data.name, folder)
+        print("no validation images: no linear probe, which chooses its C on them")
+    folder = args.out / f"{Path(args.model).stem}_{data.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run_grid(model, preprocess, data, folder, args)
+    over_shots({data.name: result}).savefig(folder / "figure.png", dpi=120)
+    print(f"\n{tables(result, data.name)}\n\nSaved in {folder}: results.json, figure.png, contexts")
     return result
 
 
 def main(argv=None):
     args = arguments(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ±
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        if args.check:
-            sys.exit(0 if check.main(args.model, args.device) else 1)
-        datasets = [mini_coop.load_dataset(name) for name in args.dataset]
-        if len({data.name for data in datasets}) < len(datasets):
-            raise ValueError("two data sets of the same name would be saved in one folder: rename "
-                             "one, or run it with another --out")
-        folders = [writable_folder(args, *pair) for pair in zip(datasets, args.dataset)]
+        datasets = [mini_coop.load_dataset(name, args.template) for name in args.dataset]
         model, preprocess = mini_coop.load_clip(args.model, args.device)
-        results = {}
-        for data, folder in zip(datasets, folders):
-            results[data.name] = one(model, preprocess, data, folder, args)
+        device = model.text_projection.device
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        print(f"Python {platform.python_version()}, torch {torch.__version__}, CLIP {args.model} "
+              f"on {on}, {count(torch.get_num_threads(), 'thread')}")
+        results = {data.name: one(model, preprocess, data, args) for data in datasets}
         if len(results) > 1:
-            path = Path(f"{run_folder(args.out, args, '+'.join(results)[:150])}.png")
-            figure(results, f"CLIP {args.model}", path)
-            print(f"\n{average_table(results)}\n\nThe figure of all data sets: {path}")
+            mean_of_all = average(list(results.values()))
+            file = args.out / f"{'+'.join(results)[:100]}.png"
+            over_shots({"average": mean_of_all, **results}).savefig(file, dpi=120)
+            print(f"\n{tables(mean_of_all, 'average')}\n\nThe figure of all: {file}")
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"mini_coop.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"mini_coop.py: error: {error}")
     except KeyboardInterrupt:
-        print(f"mini_coop.py: interrupted; what was finished is kept under {args.out}, and the "
-              "same command resumes from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("interrupted; the same command resumes")
 
 
 if __name__ == "__main__":
