@@ -239,7 +239,7 @@ class CoOp(torch.nn.Module):
         return coop.eval()
 
     def _features(self, image_features, dims=(2,)):
-        """Image features in float32 on the context's device."""
+        """Image features, float32, on the context's device."""
         x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
         E = self.clip_model.text_projection.shape[1]
         if x.ndim not in dims or x.shape[-1] != E or not x.isfinite().all():
@@ -478,9 +478,8 @@ def read_tensors(path):
 
 
 def fingerprint(model):
-    """The first number of each of the text encoder's tensors: whose context is it?"""
-    tensors = sorted(model.state_dict().items())
-    return torch.stack([x.flatten()[0].cpu() for key, x in tensors if key[:7] != "visual."])
+    """The first number of each of a CLIP's tensors: whose context is it?"""
+    return torch.stack([x.flatten()[0].float().cpu() for x in model.state_dict().values()])
 
 
 def open_image(source):
@@ -519,7 +518,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     def pixels_of(source):  # (A, 3, n_px, n_px)
         try:
             image = open_image(source)
-        except Exception as error:  # broken files raise anything
+        except Exception as error:  # a broken file raises any
             unreadable.append(f"{str(source)[:200]} ({error!r})")
             image = Image.new("RGB", (1, 1))
         return torch.stack([preprocess(image) for _ in range(views)])
@@ -655,6 +654,8 @@ def few_shot(data, shots, seed):
     min(shots, 4) validation images, which the linear probe needs; test sets are unchanged. A class
     with fewer gives all it has, with a warning. On the paper's splits, seeds 1, 2 and 3 reproduce
     its samples."""
+    if shots < 1:
+        raise ValueError(f"shots begin at 1, not {shots}")
     rng = random.Random(int(seed))
 
     def draw(kind, split, n):
@@ -675,5 +676,5 @@ def few_shot(data, shots, seed):
     return data._replace(train=train, val=draw("validation", data.val, min(shots, 4)))
 
 
-if __name__ == "__main__":  # python mini_coop.py: the main job
+if __name__ == "__main__":  # the main job
     runpy.run_path(str(DATA / "grid.py"), run_name="__main__")

@@ -2,40 +2,30 @@
 
 For each data set, <out>/<model>_<data set>/ gets results.json, figure.png and the learned contexts.
 results.json is written after every run (a method, a number of shots, a seed), so the same command
-resumes after an interruption. It holds accuracies in %:
-
-    {"settings": {...}, "chance": %, "template": the data set's own, "zero_shot": {template: row},
-     "untrained": [row, ...], "few_shot": {method: {shots: [row of a seed, ...]}}}
-
-A row is {split: %}.
+resumes after an interruption. Its rows are {split: accuracy in %}: "zero_shot" has one for each
+template, "untrained" one for each seed, "few_shot" one for each method, shots and seed.
 """
 import argparse
 import hashlib
 import json
-import math
-import os
-import platform
 import re
 import sys
 import warnings
 import zipfile
-from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import mini_coop
 
-METHODS = ("linear probe", "CoOp unified", "CoOp class-specific")
 LOOKS = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
          "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line
-# Hand-written templates, compared beside a data set's own; four are the paper's
+METHODS = tuple(LOOKS)
 TEMPLATES = ("{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
-             "{} texture.", "a centered satellite photo of {}.")
+             "{} texture.", "a centered satellite photo of {}.")  # beside a data set's own
 
 
 def arguments(argv):
@@ -48,21 +38,15 @@ def arguments(argv):
     add("--shots", nargs="+", type=int, default=[1, 4], help="labelled images per class: 1 4")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of samples and contexts: 1 2 3")
     add("--n-ctx", type=int, default=16, help="context vectors: 16")
-    add("--class-specific", choices=["yes", "no", "both"], default="both",
-        help="a context for each class, one for all, or both in turn: both")
+    add("--class-specific", choices=["yes", "no", "both"], default="both", help="both in turn")
     add("--class-position", choices=["end", "middle", "front"], default="end")
     add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
     add("--epochs", type=int, help="in place of the paper's; 0: contexts as they start")
     add("--views", type=int, default=1, help="random crops of a training image; 1: as it is")
     add("--device", help="cpu or cuda; without it, CUDA where there is one")
     add("--out", type=Path, default=Path("runs"), help="folder for what is saved: runs")
-    args = parser.parse_args(argv)
-    if min(args.shots) < 1:
-        parser.error("--shots begin at 1; zero-shot accuracies are printed always")
-    return args
+    return parser.parse_args(argv)
 
-
-# ---------------------------------------------------------------- results.json
 
 def identity(model, data, args):
     """The settings that results depend on: one results.json holds results of the same ones."""
@@ -71,50 +55,42 @@ def identity(model, data, args):
         images.append(split.labels)
         for image in split.images:
             inside = isinstance(image, zipfile.Path)
-            size = image.root.getinfo(image.at).CRC if inside else os.path.getsize(image)
+            size = image.root.getinfo(image.at).CRC if inside else image.stat().st_size
             images.append((image.name, size))
-    weights = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        weights.update(tensor.float().cpu().numpy().tobytes())
+    weights = mini_coop.fingerprint(model).tolist()
     keys = ("model", "n_ctx", "class_position", "ctx_init", "epochs", "views")
     return {**{key: getattr(args, key) for key in keys}, "template": data.template,
             "device": model.text_projection.device.type, "class names": data.classnames,
             "images": hashlib.sha256(repr(images).encode()).hexdigest(),
-            "weights": weights.hexdigest()}
+            "weights": hashlib.sha256(repr(weights).encode()).hexdigest()}
 
 
 def read_results(file, same):
-    """Finished runs {(method, shots, seed): row} of results.json, if there is one."""
+    """results.json, and its finished runs {(method, shots, seed): row}; both may be empty."""
     if not file.is_file():
-        return {}
-    kept = json.loads(file.read_text())
-    differ = [key for key, value in same.items() if kept["settings"].get(key) != value]
+        return {}, {}
+    result = json.loads(file.read_text())
+    differ = [key for key, value in same.items() if result["settings"].get(key) != value]
     if differ:
         raise ValueError(f"{file} holds results of other {', '.join(differ)}: choose another --out")
     done = {}
-    for method, by_shots in kept["few_shot"].items():
+    for method, by_shots in result["few_shot"].items():
         for shots, rows in by_shots.items():
             done |= {(method, int(shots), row["seed"]): row for row in rows}
-    return done
+    return result, done
 
 
-def write_results(file, result, done):
-    """Writes results.json whole, the runs in the order of methods, shots and seeds."""
+def nested(done):
+    """{(method, shots, seed): row} -> {method: {shots: rows}}, in this order."""
     few = {}
     for run in sorted(done, key=lambda run: (METHODS.index(run[0]), *run[1:])):
         few.setdefault(run[0], {}).setdefault(str(run[1]), []).append(done[run])
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({**result, "few_shot": few}, indent=1))
-    part.replace(file)
+    return few
 
-
-# ---------------------------------------------------------------- one data set
 
 def encode(model, preprocess, images, views=1):
     """Image features {name: (E,) or (A, E)}; every image is encoded once."""
     images = {str(image): image for image in images}
-    if not images:
-        return {}
     return dict(zip(images, mini_coop.encode_images(model, preprocess, images.values(), views)))
 
 
@@ -124,10 +100,11 @@ def gather(split, features):
     return x, torch.tensor(split.labels)
 
 
-def probe_scores(probe, K, x):
-    """Scores (N, K) of a linear probe; a class that it did not see has zero."""
-    columns = F.one_hot(torch.from_numpy(probe.classes_), K).double()
-    return torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
+def probe_scores(few, features, K):
+    """A linear probe's scores, features (N, E) -> (N, K); zero for a class that it did not see."""
+    probe = mini_coop.linear_probe(*gather(few.train, features), *gather(few.val, features))
+    columns = torch.eye(K, dtype=torch.float64)[probe.classes_]
+    return lambda x: torch.from_numpy(probe.predict_proba(x.cpu().numpy())).double() @ columns
 
 
 def encode_tests(model, preprocess, data):
@@ -136,8 +113,9 @@ def encode_tests(model, preprocess, data):
     test_images = set(map(str, data.test.images))
     tests = {}
     for name, split in {"test": data.test, **data.domains}.items():
-        features = encode(model, preprocess, split.images)
-        tests[name] = *gather(split, features), test_images.isdisjoint(features)
+        x = mini_coop.encode_images(model, preprocess, split.images)
+        is_shift = test_images.isdisjoint(map(str, split.images))
+        tests[name] = x, torch.tensor(split.labels), is_shift
     return tests
 
 
@@ -163,57 +141,56 @@ def before_training(model, data, tests, untrained):
     for template in dict.fromkeys([data.template, *TEMPLATES]):
         weights = mini_coop.zero_shot_weights(model, data.classnames, template)
         zero_shot[template] = accuracies(tests, lambda x: x @ weights.T)
+    untrained = [accuracies(tests, coop.predict_proba) for coop in untrained]
     return {"chance": 100 / len(data.classnames), "template": data.template,
-            "zero_shot": zero_shot,
-            "untrained": [accuracies(tests, coop.predict_proba) for coop in untrained]}
+            "zero_shot": zero_shot, "untrained": untrained}
 
 
 def run_grid(model, preprocess, data, folder, args):
-    """Runs what is not finished and saves it in `folder`; returns what results.json holds."""
+    """Runs what is not finished, writes results.json after each run, returns the results."""
+    file = folder / "results.json"
     same = identity(model, data, args)
-    done = read_results(folder / "results.json", same)
+    result, done = read_results(file, same)
     methods = {"yes": METHODS[::2], "no": METHODS[:2], "both": METHODS}[args.class_specific]
     methods = [method for method in methods if data.val.images or method != "linear probe"]
     samples = {}  # (shots, seed) -> Dataset
-    todo = []
+    wanted = []
     for shots in sorted(set(args.shots)):
         for seed in sorted(set(args.seeds)):
             samples[shots, seed] = mini_coop.few_shot(data, shots, seed)
-            todo += [(m, shots, seed) for m in methods if (m, shots, seed) not in done]
-    if not todo:
-        return json.loads((folder / "results.json").read_text())
+            wanted += [(method, shots, seed) for method in methods]
 
     def new_coop(seed, class_specific=False):
         return mini_coop.CoOp(model, data.classnames, args.n_ctx, class_specific,
                               args.class_position, args.ctx_init, seed)
 
-    # the images of all samples, whatever is finished: so a resumed run draws the same views
-    train = sum([sample.train.images for sample in samples.values()], [])
-    val = sum([sample.val.images for sample in samples.values()], [])
-    features = encode(model, preprocess, train + val)
-    views = features if args.views == 1 else encode(model, preprocess, train, args.views)
-    tests = encode_tests(model, preprocess, data)
-    settings = {**vars(args), **same, "dataset": data.name, "out": str(args.out),
-                "threads": torch.get_num_threads(), "torch": torch.__version__}
-    untrained = map(new_coop, args.seeds)
-    result = {"settings": settings, **before_training(model, data, tests, untrained)}
-    for method, shots, seed in tqdm(todo, data.name, ncols=79):
+    if todo := [run for run in wanted if run not in done]:
+        # the images of all samples, whatever is finished: so a resumed run draws the same views
+        train = sum([sample.train.images for sample in samples.values()], [])
+        val = sum([sample.val.images for sample in samples.values()], [])
+        features = encode(model, preprocess, train + val)
+        views = features if args.views == 1 else encode(model, preprocess, train, args.views)
+        tests = encode_tests(model, preprocess, data)
+        settings = {**vars(args), **same, "dataset": data.name, "out": str(args.out),
+                    "threads": torch.get_num_threads(), "torch": torch.__version__}
+        result = {"settings": settings,
+                  **before_training(model, data, tests, map(new_coop, args.seeds))}
+    for method, shots, seed in tqdm(todo, data.name, ncols=79, disable=not todo):
         few = samples[shots, seed]
         if method == "linear probe":
-            probe = mini_coop.linear_probe(*gather(few.train, features), *gather(few.val, features))
-            scores = partial(probe_scores, probe, len(data.classnames))
+            scores = probe_scores(few, features, len(data.classnames))
         else:
             coop = new_coop(seed, method == "CoOp class-specific")
-            epochs = mini_coop.n_epochs(shots) if args.epochs is None else args.epochs
+            epochs = 50 if args.epochs is None and data.name == "imagenet" else args.epochs
             coop.fit(*gather(few.train, views), epochs, progress=False)
             coop.save(folder / f"{method.replace(' ', '_')}_{shots}_shots_seed_{seed}.pt")
             scores = coop.predict_proba
         done[method, shots, seed] = {"seed": seed, **accuracies(tests, scores)}
-        write_results(folder / "results.json", result, done)
-    return json.loads((folder / "results.json").read_text())
+        text = json.dumps({**result, "few_shot": nested(done)}, indent=1)
+        file.with_suffix(".part").write_text(text)
+        file.with_suffix(".part").replace(file)
+    return {**result, "few_shot": nested({run: done[run] for run in wanted})}
 
-
-# ---------------------------------------------------------------- tables and figure
 
 def mean_std(rows, split="test"):
     """Mean and standard deviation over seeds (the population's, as in the published code)."""
@@ -256,9 +233,9 @@ def paper(settings):
     return json.loads(file.read_text()).get(setting, {}) if settings["epochs"] is None else {}
 
 
-def line(name, values, width=11):
+def line(name, values, first=23, width=11):
     cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
-    return f"  {name:{78 - 5 * width}}" + "".join(f"{cell:>{width}}" for cell in cells)
+    return f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def tables(result, name):
@@ -267,10 +244,10 @@ def tables(result, name):
     theirs = paper(result["settings"]).get(name, {})
     lines = [f"{name}: zero-shot, accuracy in %"]
     for template, row in result["zero_shot"].items():
-        lines.append(line(template, [row["test"]], 7))
+        lines.append(line(template, [row["test"]], 42, 7))
     if theirs:
-        lines.append(line("  the paper", theirs["zero-shot"].values(), 7))
-    lines.append(line("random vectors, untrained", [mean_std(result["untrained"])[0]], 7))
+        lines.append(line("  the paper", theirs["zero-shot"].values(), 42, 7))
+    lines.append(line("random vectors, untrained", [mean_std(result["untrained"])[0]], 42, 7))
     shots = list(few[list(few)[0]])
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds", line("shots", shots)]
     for method, by_shots in few.items():
@@ -285,73 +262,60 @@ def domain_table(result, n):
     splits = list(result["zero_shot"][result["template"]])
     few = {method: by_shots[n] for method, by_shots in result["few_shot"].items()}
     theirs = paper(result["settings"]).get("domains", {}) if n == "16" else {}
-    heads = ["template", *[method.removeprefix("CoOp ")[:10] for method in few]]
-    lines = ["", line(f"domains, {count(n, 'shot')}", heads)]
+    heads = ["template", *[method.split()[-1] for method in few]]
+    lines = ["", line(f"domains, {n} shot{'s' * (n != '1')}", heads, 18, 15)]
     for split in splits:
         values = [spelled(rows, split) for rows in few.values()]
-        lines.append(line(split, [own_template(result, split), *values]))
+        lines.append(line(split, [own_template(result, split), *values], 18, 15))
         if split in theirs:
             values = [theirs[split].get(method, "") for method in ("zero-shot", *few)]
-            lines.append(line("  the paper", values))
+            lines.append(line("  the paper", values, 18, 15))
     return lines if len(splits) > 1 else []
 
 
 def over_shots(results, methods=METHODS):
     """The paper's figure of {title: result}: a panel for each, at most four in a row."""
     columns = min(4, len(results))
-    rows = math.ceil(len(results) / columns)
+    rows = -(-len(results) // columns)  # rounded up
     fig = Figure((max(5, 2.6 * columns), 2.4 * rows + 1), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(results):]:
-        ax.axis("off")
-    for ax, (title, result) in zip(axes, results.items()):
+    for i, (title, result) in enumerate(results.items()):
+        ax = fig.add_subplot(rows, columns, i + 1)
         ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
-        ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8,
-                   label="random vectors, untrained")
+        ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8, label="untrained")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
-        for method in [method for method in methods if method in result["few_shot"]]:
-            shots = list(result["few_shot"][method])
-            at = [1 + i + 0.08 * (METHODS.index(method) - 1) for i in range(len(shots))]
-            means, spreads = zip(*map(mean_std, result["few_shot"][method].values()))
+        few = result["few_shot"]
+        shots = sorted(set().union(*few.values()), key=int)
+        for method in [method for method in methods if method in few]:
+            at = [1 + shots.index(n) + 0.08 * METHODS.index(method) for n in few[method]]
+            means, spreads = zip(*map(mean_std, few[method].values()))
             color, style = LOOKS[method]
             ax.errorbar(at, means, spreads, fmt=style, color=color, ms=5, capsize=2, label=method)
         low, high = ax.get_ylim()
         more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
-        ax.set(ylim=(low - more, high + more), xticks=range(len(shots) + 1))
-        ax.set_xticklabels([0, *shots])
+        ax.set_ylim(low - more, high + more)
+        ax.set_xticks(range(len(shots) + 1), [0, *shots])
         ax.set_title(title, fontsize=11, parse_math=False)  # a folder's name may hold $
         ax.grid(alpha=0.3)
     fig.supxlabel("labelled images per class (shots)", fontsize=10)
     fig.supylabel("test accuracy, %", fontsize=10)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
-# ---------------------------------------------------------------- the command
-
-def count(n, what):
-    return f"{n} {what}" if int(n) == 1 else f"{n} {what}s"
-
-
-def show_prompts(data):
-    """Prints two full prompts: the names of folders are words that CLIP reads."""
-    names = [name.replace("_", " ") for name in data.classnames]
-    prompts = [data.template.replace("{}", name) for name in (names[0], names[-1])]
-    print(f"\n{data.name}: {len(names)} classes, {len(data.test.images)} test images, prompts "
-          + " ".join(f'"{prompt}"' for prompt in prompts), flush=True)
-    if 2 * sum(re.search(r"[^\W\d_]{2}", name) is None for name in names) > len(names):
-        warnings.warn("most class names are codes, which CLIP cannot read: rename the folders")
-
-
 def one(model, preprocess, data, args):
-    """Runs one data set; prints its tables and saves its figure."""
+    """Runs one data set; prints its prompts and tables, saves its figure."""
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} needs training and test images")
-    show_prompts(data)
+    names = [name.replace("_", " ") for name in data.classnames]
+    first, last = [data.template.replace("{}", name) for name in (names[0], names[-1])]
+    print(f'\n{data.name}: {len(names)} classes, with prompts such as "{first}" "{last}"')
+    codes = [name for name in names if not re.search(r"[^\W\d_]{2}", name)]
+    if 2 * len(codes) > len(names):
+        warnings.warn(f"CLIP cannot read class names such as {codes[0]!r}: rename the folders")
     if not data.val.images:
         print("no validation images: no linear probe, which chooses its C on them")
-    folder = args.out / f"{Path(args.model).stem}_{data.name}"
+    folder = args.out / f"{args.model.replace('/', '-')}_{data.name}"
     folder.mkdir(parents=True, exist_ok=True)
     result = run_grid(model, preprocess, data, folder, args)
     over_shots({data.name: result}).savefig(folder / "figure.png", dpi=120)
@@ -367,8 +331,8 @@ def main(argv=None):
         model, preprocess = mini_coop.load_clip(args.model, args.device)
         device = model.text_projection.device
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        print(f"Python {platform.python_version()}, torch {torch.__version__}, CLIP {args.model} "
-              f"on {on}, {count(torch.get_num_threads(), 'thread')}")
+        print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CLIP {args.model} "
+              f"on {on}, CPU threads: {torch.get_num_threads()}")
         results = {data.name: one(model, preprocess, data, args) for data in datasets}
         if len(results) > 1:
             mean_of_all = average(list(results.values()))
