@@ -518,7 +518,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     def pixels_of(source):  # (A, 3, n_px, n_px)
         try:
             image = open_image(source)
-        except Exception as error:  # a broken file raises any
+        except Exception as error:  # files can raise anything
             unreadable.append(f"{str(source)[:200]} ({error!r})")
             image = Image.new("RGB", (1, 1))
         return torch.stack([preprocess(image) for _ in range(views)])

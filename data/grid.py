@@ -299,7 +299,7 @@ def over_shots(results, methods=METHODS):
         ax.grid(alpha=0.3)
     fig.supxlabel("labelled images per class (shots)", fontsize=10)
     fig.supylabel("test accuracy, %", fontsize=10)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
