@@ -56,26 +56,26 @@ __all__ = ["CoOp", "encode_images", "few_shot", "learning_rate", "linear_probe",
 
 SOS = tokenizer.encoder["<|startoftext|>"]
 EOT = tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
-CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i
+CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i (encode_rows)
 
 DATA = Path(__file__).resolve().with_name("data")
-LAB = Path(os.environ.get("MINI_COOP_ROOT") or DATA)  # a lab's folder of weights and data sets
+LAB = Path(os.environ.get("MINI_COOP_ROOT") or DATA)  # your own weights and data sets
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+SUFFIXES = {key for key, value in Image.registered_extensions().items() if value in FORMATS}
 MINI_SHA256 = "ba4cbc1c51294f1d0122cf11c6ace601126949b043595b3e79a0a62aa2c89000"
 
 
-# ---------------------------------------------------------------- CoOp
+# ---------------------------------------- CoOp
 
 class CoOp(torch.nn.Module):
     """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ."
 
     model: a CLIP of load_clip. classnames: K names. n_ctx: M. class_specific: one context for each
-    class, ctx (K, M, D), instead of one for all, (M, D). class_position: "end", "middle" (of an odd
-    M the smaller half stands before the name) or "front". ctx_init: words to start from ("a photo
-    of a"), one vector per token; n_ctx is then ignored. Without words, the vectors are drawn from
-    N(0, 0.02^2) by `seed`, which also orders the training. Raises ValueError for a wrong option and
-    for a prompt that is too long for CLIP.
+    class, ctx (K, M, D), instead of a unified one, (M, D). class_position: "end", "middle" (the
+    smaller half of an odd M stands before the name) or "front". ctx_init: words to start from ("a
+    photo of a"), one vector per token; n_ctx is then ignored. Without words, the vectors are drawn
+    from N(0, 0.02^2) with `seed`, which also shuffles in `fit`. Raises ValueError for a wrong
+    option and for a prompt that is too long for CLIP.
 
     For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
     context, say one shifted by an image's feature. `fit` trains every parameter of the subclass.
@@ -95,7 +95,8 @@ class CoOp(torch.nn.Module):
         self.class_position = class_position
         self.seed = int(seed)
         words = None if ctx_init is None else token_ids(ctx_init)
-        self.n_ctx = M = n_ctx if words is None else len(words)
+        M = n_ctx if words is None else len(words)
+        self.n_ctx = M
         K = len(self.classnames)
         D = model.ln_final.weight.shape[0]
         if K < 2 or M < 1:
@@ -116,11 +117,11 @@ class CoOp(torch.nn.Module):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = token_ids(f"{name}.")
-            # the period may merge with the name's last token, as in "bat (animal).": the published
-            # code splits at the length of the bare name, and so do we
+            # tokens[n:] is the period, unless it merges with the name's last token, as in "bat
+            # (animal).": split at the length of the bare name, as the published code does
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
-        self.packed = pack(model, prompts)
+        self.packed = pack(model, prompts)  # see "the text side"
 
     def text_features(self, ctx=None):
         """Unit-norm features (K, E) of the prompts, with `ctx` or another context of its shape."""
@@ -131,7 +132,7 @@ class CoOp(torch.nn.Module):
 
     def forward(self, image_features, text_features=None):
         """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
-        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: if already computed."""
+        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: (K, E), if at hand."""
         text_features = self.text_features() if text_features is None else text_features
         cosines = F.normalize(image_features, dim=-1) @ text_features.T
         return self.clip_model.logit_scale.exp() * cosines
@@ -146,9 +147,9 @@ class CoOp(torch.nn.Module):
         returns self.
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
-        labels: (N,) integers. epochs: if None, `n_epochs` of the largest class's images. The last,
-        incomplete batch is dropped (other images in each epoch). `history_` holds loss, accuracy
-        (%) and lr of every epoch. Raises RuntimeError if the training diverges.
+        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). A last,
+        incomplete batch is dropped, of other images in each epoch. `history_` holds loss, training
+        accuracy (%) and lr of every epoch. Raises RuntimeError if the training diverges.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
@@ -168,7 +169,7 @@ class CoOp(torch.nn.Module):
                 features = x[torch.arange(N), view]
             losses = []
             hits = []
-            for batch in order[:N - N % batch_size].split(batch_size):  # no short last batch
+            for batch in order[:N - N % batch_size].split(batch_size):
                 text_features = self.text_features()  # (K, E)
                 logits = self(features[batch], text_features)  # (B, K)
                 loss = self.loss(logits, y[batch], text_features)
@@ -180,8 +181,8 @@ class CoOp(torch.nn.Module):
             self.history_["loss"].append(torch.stack(losses).mean().item())
             self.history_["accuracy"].append(100 * torch.cat(hits).float().mean().item())
             self.history_["lr"].append(optimizer.param_groups[0]["lr"])
-        if not self.ctx.isfinite().all():
-            raise RuntimeError("the training diverged, the context is NaN: use a smaller lr")
+        if not all(p.isfinite().all() for p in self.parameters()):
+            raise RuntimeError("training diverged to NaN or infinity: use a smaller lr")
         return self.eval()
 
     @torch.no_grad()
@@ -208,15 +209,15 @@ class CoOp(torch.nn.Module):
         def words_of(ctx):  # (M, D)
             distances = torch.cdist(ctx, self.clip_model.token_embedding.weight)  # (M, vocabulary)
             nearest = []
-            for near, ids in zip(*distances.topk(k, largest=False)):
+            for values, ids in zip(*distances.topk(k, largest=False)):
                 words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
-                nearest.append(list(zip(words, near.tolist())))
+                nearest.append(list(zip(words, values.tolist())))
             return nearest
 
         return [words_of(ctx) for ctx in self.ctx] if self.class_specific else words_of(self.ctx)
 
     def save(self, path):
-        """Writes what was learned and what it needs; not CLIP."""
+        """Writes what was learned and its settings; not CLIP."""
         torch.save({"state": self.state_dict(), "classnames": self.classnames, "seed": self.seed,
                     "class_specific": self.class_specific, "class_position": self.class_position,
                     "clip": fingerprint(self.clip_model)}, path)
@@ -224,14 +225,15 @@ class CoOp(torch.nn.Module):
     @classmethod
     def load(cls, path, model, classnames=None):
         """A new CoOp with a saved context, for the CLIP that it was learned with; a unified one
-        also for other class names. Raises ValueError for any other file, CLIP or classes."""
+        also for other class names. Raises ValueError for another program's file, another CLIP, or
+        other classes of a class-specific context."""
         saved = read_tensors(path)
-        if not isinstance(saved, dict) or "clip" not in saved:
+        if "clip" not in saved:
             raise ValueError(f"{path} was not written by CoOp.save")
         if not torch.equal(saved["clip"], fingerprint(check_clip(model))):
             raise ValueError(f"{path} was learned with another CLIP: load that one")
-        names = saved["classnames"] if classnames is None else check_names(classnames)
-        if saved["class_specific"] and names != saved["classnames"]:
+        names = saved["classnames"] if classnames is None else classnames
+        if saved["class_specific"] and list(names) != saved["classnames"]:
             raise ValueError(f"{path} is class-specific: only for {saved['classnames']}")
         coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], seed=saved["seed"],
                    class_specific=saved["class_specific"], class_position=saved["class_position"])
@@ -239,7 +241,7 @@ class CoOp(torch.nn.Module):
         return coop.eval()
 
     def _features(self, image_features, dims=(2,)):
-        """Image features, float32, on the context's device."""
+        """Image features in float32 on the right device."""
         x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
         E = self.clip_model.text_projection.shape[1]
         if x.ndim not in dims or x.shape[-1] != E or not x.isfinite().all():
@@ -248,7 +250,7 @@ class CoOp(torch.nn.Module):
         return x
 
     def _labels(self, labels, N):
-        """Labels (N,) on the context's device; a wrong number would mispair them."""
+        """Labels (N,), checked, on the context's device."""
         y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
         if y.shape != (N,) or y.dtype.kind not in "iu":
             raise ValueError(f"labels are {N} integers, one per image, not {y.shape} {y.dtype}")
@@ -262,7 +264,7 @@ def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
     if epoch == 0:
         return min(1e-5, lr)
-    # the published code divides by `epochs`, so the last rate is not quite zero
+    # as published, over `epochs`, not `epochs - 1`: the last rate is a little above zero
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
@@ -272,11 +274,12 @@ def n_epochs(shots):
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
-# ---------------------------------------------------------------- the text side
+# ---------------------------------------- the text side
 
 # The text transformer is causal: a token sees only what stands before it. So the tokens that all
-# prompts share at their start, the trunk, mean the same in each and are computed once; nothing
-# after an EOT counts. A row begins with the trunk; the rest of every prompt hangs behind it:
+# prompts share at their start, the trunk, have the same outputs in each and are computed once (of
+# class-specific contexts it is SOS alone). Nothing after an EOT counts, so there is no padding to
+# 77 tokens. A row begins with the trunk; the rest of every prompt hangs behind it:
 #
 #     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
 #     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
@@ -286,15 +289,15 @@ def n_epochs(shots):
 # of L tokens, the first P of which are the trunk.
 
 def token_ids(text):
-    """The ids of a text's tokens, without SOS and EOT; "_" counts as a space."""
+    """The ids of a text's tokens, without SOS and EOT even if it spells them; "_" is a space."""
     return [i for i in tokenizer.encode(text.replace("_", " ")) if i < SOS]
 
 
 def check_names(classnames):
     """Class names as a list; warns of those that CLIP cannot tell apart."""
     names = list(classnames)
-    texts = all(isinstance(name, str) and token_ids(name) for name in names)
-    if isinstance(classnames, (str, dict, set)) or not texts:
+    are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
+    if isinstance(classnames, (str, dict, set)) or not are_texts:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
     names = [str(name) for name in names]  # NumPy's strings could not be loaded again
     groups = {}  # token ids -> the names that have them
@@ -306,11 +309,9 @@ def check_names(classnames):
 
 
 def check_clip(model):
-    """The model, if it is a CLIP as load_clip gives it."""
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError("a CLIP is needed: model, preprocess = load_clip()")
-    if model.text_projection.dtype != torch.float32:
-        raise ValueError("CLIP must be in float32: model.float()")
+    """The model, if it is a CLIP in float32; else raises ValueError."""
+    if not isinstance(model, clip.model.CLIP) or model.text_projection.dtype != torch.float32:
+        raise ValueError("a CLIP in float32 is needed: model, preprocess = load_clip()")
     return model
 
 
@@ -323,10 +324,10 @@ def pack(model, prompts, row_tokens=None):
     if len(longest) > model.context_length:
         raise ValueError(f"{tokenizer.decode([i for i in longest if i < SOS])!r} makes a prompt of "
                          f"{len(longest)} tokens, but CLIP reads {model.context_length}: "
-                         "shorten the name or the context")
+                         "shorten name, context or template")
     # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    # short rows cost less attention, long ones repeat the trunk less often: timed on CPUs
+    # timed on CPUs: short rows cost less attention, long ones repeat the trunk less often
     row_tokens = row_tokens or 72 + 8 * P
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
     per_row = math.ceil(K / n_rows)
@@ -336,7 +337,7 @@ def pack(model, prompts, row_tokens=None):
         for k in range(start, min(start + per_row, K)):
             row += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
         rows.append(torch.tensor(row, device=model.text_projection.device))
-    # zeros pad short rows at the end, where tril() lets no token see them
+    # zeros pad short rows at the end: tril() hides them from every real token
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
@@ -384,11 +385,10 @@ def encode_prompts(model, packed, ctx=None, part_tokens=6400):
     return F.normalize(features.float(), dim=-1)
 
 
-# ---------------------------------------------------------------- the rivals
+# ---------------------------------------- the rivals
 
-@torch.no_grad()
 def zero_shot_weights(model, classnames, templates):
-    """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or an ensemble.
+    """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or several.
 
     Each template's features are normalised, summed over templates and normalised again. The score
     of class k is the cosine of an image feature with row k. Raises ValueError for a template
@@ -411,8 +411,8 @@ def linear_probe(train, train_labels, val, val_labels):
     """The paper's baseline: scikit-learn's logistic regression on image features (N, E).
 
     C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that each keep
-    the half of the range (in log space) beside its better end. Returns the LogisticRegression of
-    the last step (`.C`; `.predict` and `.score` take NumPy features).
+    the half of the range (in log space) beside its better end; as published, the coarse best itself
+    is not tried again. Returns the last step's LogisticRegression, which takes NumPy features.
     """
     given = (train, train_labels, val, val_labels)
     x, y, x_val, y_val = [torch.as_tensor(values).cpu().numpy() for values in given]
@@ -423,7 +423,7 @@ def linear_probe(train, train_labels, val, val_labels):
         return probe.score(x_val, y_val), probe
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # max_iter is the paper's, one image per class is one shot
+        warnings.simplefilter("ignore")  # of slow convergence and of few images per class
         best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: fitted(log_C)[0])
         low = best - 1
         high = best + 1
@@ -438,14 +438,14 @@ def linear_probe(train, train_labels, val, val_labels):
     return fitted(best)[1]
 
 
-# ---------------------------------------------------------------- CLIP, frozen
+# ---------------------------------------- CLIP, frozen
 
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
 
     name: "mini" (ours, which knows icons), a name of `clip.available_models()` (OpenAI's, in
     $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or the path of a state dict in OpenAI's
-    layout. device: None takes CUDA where there is one. Raises ValueError for any other name, file.
+    layout. device: None takes CUDA where there is one. Raises ValueError for other names and files.
     """
     name = str(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -462,8 +462,8 @@ def load_clip(name="mini", device=None):
         if "visual.proj" not in state and "visual.attnpool.k_proj.weight" not in state:
             raise ValueError(f"{path} is no state dict of OpenAI's CLIP: it begins with "
                              f"{', '.join(map(str, list(state)[:3]))}")
-        model = clip.model.build_model(dict(state)).float()  # which deletes from its dict
-        model.load_state_dict(state, strict=False)  # once more: build_model rounds to float16
+        model = clip.model.build_model(dict(state)).float()
+        model.load_state_dict(state, strict=False)  # again, as build_model rounds to float16
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return model, clip.clip._transform(model.visual.input_resolution)
 
@@ -471,14 +471,14 @@ def load_clip(name="mini", device=None):
 def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code from a file is run."""
     try:
-        return torch.load(path, "cpu", weights_only=True)
+        return dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # torch's own words would advise to switch the protection off
-        raise ValueError(f"{path} is no file of plain tensors ({type(error).__name__}). OpenAI's "
-                         "archives are opened by name only, such as 'RN50'") from None
+        raise ValueError(f"{path} is no file of plain tensors: {type(error).__name__}. (OpenAI's "
+                         "archives are opened by name, such as 'RN50'.)") from None
 
 
 def fingerprint(model):
-    """The first number of each of a CLIP's tensors: whose context is it?"""
+    """The first number of each of a CLIP's tensors, by which a context knows its CLIP again."""
     return torch.stack([x.flatten()[0].float().cpu() for x in model.state_dict().values()])
 
 
@@ -499,17 +499,18 @@ def open_image(source):
 
 @torch.no_grad()
 def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, progress=True):
-    """CLIP's image features, not normalised, in float32 on the model's device: (N, E).
+    """CLIP's image features (N, E), not normalised, float32, on the model's device.
 
     images: paths or PIL images. views=1 uses `preprocess`, the test transform; views=A > 1 gives
-    (N, A, E), features of random crops (the paper's augmentation), drawn once by `seed`: the
-    encoder is frozen, so training picks among them. batch_size: views at a time. Raises ValueError
-    with a list of the images that cannot be read.
+    (N, A, E), of random crops and flips (the paper's augmentation), drawn once with `seed`: the
+    encoder is frozen, so training can pick among A views. batch_size: views at a time. Raises
+    ValueError with a list of the images that cannot be read.
     """
     check_clip(model)
     images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     if not images:
         raise ValueError("no images to encode")
+    unreadable = []
     if views > 1:
         n_px = model.visual.input_resolution
         crop = transforms.RandomResizedCrop(n_px, (0.08, 1), interpolation=Image.BICUBIC)
@@ -520,7 +521,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
             image = open_image(source)
         except Exception as error:  # files can raise anything
             unreadable.append(f"{str(source)[:200]} ({error!r})")
-            image = Image.new("RGB", (1, 1))
+            image = Image.new("RGB", (1, 1))  # a stand-in
         return torch.stack([preprocess(image) for _ in range(views)])
 
     device = model.text_projection.device
@@ -529,7 +530,6 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     size = max(1, batch_size // views)
     starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=not progress)
     features = []
-    unreadable = []
     with ThreadPoolExecutor(workers) as threads, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for start in starts:
@@ -544,7 +544,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     return features if views > 1 else features[:, 0]
 
 
-# ---------------------------------------------------------------- data sets
+# ---------------------------------------- data sets
 
 SPLITS = ("train", "val", "test")
 NO_CLASS = (*SPLITS, "training", "valid", "validation", "testing", "images", "labels", "masks")
@@ -573,10 +573,10 @@ def load_dataset(name, template=None):
     name: the name of a folder with a dataset.json (data/README.md has its form) in data/ or
     $MINI_COOP_ROOT, or the path of such a folder or of one with a folder per class,
     `<root>/<class>/*.jpg`, with or without train/, val/, test/ above. Without them each class is
-    dealt 50 / 20 / 30 by a fixed seed, rounded as in the published code. template: in place of the
-    data set's own. Raises ValueError for an unknown name and for any other form.
+    dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in place of
+    the data set's own. Raises ValueError for an unknown name and for any other form.
     """
-    files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]
+    files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]  # of one name, ours
     known = {file.parent.name: file.parent for file in files}
     folder = known.get(name, Path(name).expanduser())  # a Path, or "./objects": a folder of yours
     if not folder.is_dir():
@@ -601,9 +601,9 @@ def read_json(folder):
         root = zipfile.Path(root) if root.is_file() else root
         parts = {}
         for part, rows in [*spec["splits"].items(), *spec.get("domains", {}).items()]:
+            if part in parts or (part in SPLITS) != (part in spec["splits"]):
+                raise ValueError(f"{part!r}: splits are {SPLITS}, domains have other names")
             parts[part] = Split([root / image for image, _ in rows], [label for _, label in rows])
-            if part in spec["splits"] and part not in SPLITS:
-                raise ValueError(f"{part!r} is none of the splits {', '.join(SPLITS)}")
             if not set(parts[part].labels) <= set(range(len(names))):
                 raise ValueError(f"{part!r} has labels that are not 0 to {len(names) - 1}")
         splits = [parts.pop(part, Split([], [])) for part in SPLITS]
@@ -622,14 +622,14 @@ def read_folders(root):
         warnings.warn(f"{root}: {len(others)} files are no images, first {others[0]}", stacklevel=3)
     in_splits = any(path.parts[0] in SPLITS and len(path.parts) == 3 for path in images)
     depth = 3 if in_splits else 2  # of train/cat/1.jpg, of cat/1.jpg
-    odd = []
+    odd = []  # images at another depth
     members = {}  # class name -> its images
     for path in images:
         members.setdefault(path.parent.name, []).append(path)
         if len(path.parts) != depth or in_splits and path.parts[0] not in SPLITS:
             odd.append(path)
     names = sorted(members)
-    # train/ and test2/ are no classes: their images lie in them without class folders
+    # train/1.jpg, test2/1.jpg or images/1.jpg, masks/1.png: there are no class folders
     no_classes = all(name.lower().rstrip("0123456789_- ") in NO_CLASS for name in names)
     if odd or no_classes or len(names) < 2:
         raise ValueError(f"{root}: expected <class>/*.jpg for two classes or more, all of them or "
@@ -639,7 +639,7 @@ def read_folders(root):
     for label, name in enumerate(names):
         own = members[name]
         parts = [path.parts[0] for path in own]
-        if not in_splits:  # dealt as in the published code
+        if not in_splits:  # 50 / 20 / 30 %, rounded as in the published code
             random.Random(0).shuffle(own)
             parts = ["train"] * round(0.5 * len(own)) + ["val"] * round(0.2 * len(own))
             parts += ["test"] * (len(own) - len(parts))
@@ -672,7 +672,7 @@ def few_shot(data, shots, seed):
             drawn.labels.extend([label] * len(some))
         return drawn
 
-    train = draw("training", data.train, shots)  # first these: both draw from one generator
+    train = draw("training", data.train, shots)  # first these: both use the same generator
     return data._replace(train=train, val=draw("validation", data.val, min(shots, 4)))
 
 

@@ -280,8 +280,10 @@ def over_shots(results, methods=METHODS):
     fig = Figure((max(5, 2.6 * columns), 2.4 * rows + 1), layout="constrained")
     for i, (title, result) in enumerate(results.items()):
         ax = fig.add_subplot(rows, columns, i + 1)
-        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
-        ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8, label="untrained")
+        if "untrained" in result:  # which the paper did not measure
+            untrained = mean_std(result["untrained"])[0]
+            ax.axhline(untrained, color="#CC79A7", lw=0.8, label="random vectors, untrained")
+            ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
         few = result["few_shot"]

@@ -1,9 +1,4 @@
-"""What the lessons share: which CLIP and data they use, kept results, exercises and every figure.
-
-    python notebooks/lessons.py slides    runs the lessons, saves their figures as PNG files
-"""
-import argparse
-import base64
+"""What the lessons share: which CLIP and data they use, kept results, exercises and figures."""
 import io
 import json
 import math
@@ -16,16 +11,14 @@ import numpy as np
 import PIL.Image
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from mini_coop import DATA, open_image
+from mini_coop import DATA, load_dataset, open_image
 
 sys.path.append(str(DATA))
-import options  # noqa: E402
-import report  # noqa: E402
+import grid  # noqa: E402
 
 MODEL = "mini"
-TASKS = "objects things pixels styles designers actions"
+TASKS = "favicons objects things pixels styles designers actions"
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
@@ -51,19 +44,20 @@ def choose(task):
 
 
 def kept(task, variant=""):
-    """What the main job saved of a data set (a dict), or None if it did not run.
-
-    Of your own runs, in $MINI_COOP_RUNS, those with --views 8 are taken first.
-    """
+    """What the main job saved of a data set (a dict), or None if it did not run. Of your own runs:
+    <$MINI_COOP_RUNS, else runs>/<model>_<data set>/results.json."""
     model, _, embedded = settings()
     name = Path(task).name
-    paths = [DATA / f"results/{name}{variant}.json"]
-    if not embedded:
-        runs = os.environ.get("MINI_COOP_RUNS", "runs")
-        some = [options.arguments(["--model", model, "--views", views]) for views in ("8", "1")]
-        paths = [options.run_folder(runs, args, name) / "results.json" for args in some]
-    found = [path for path in paths if path.exists()]
-    return json.loads(found[0].read_text()) if found else None
+    own = Path(os.environ.get("MINI_COOP_RUNS", "runs")) / f"{model.replace('/', '-')}_{name}"
+    file = DATA / f"results/{name}{variant}.json" if embedded else own / "results.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    if embedded:  # older results lack these two
+        untrained = json.loads((DATA / f"results/{name}_untrained.json").read_text())
+        result["untrained"] = untrained["few_shot"]["CoOp unified"]["1"]
+        result["chance"] = 100 / len(load_dataset(task).classnames)
+    return result
 
 
 def all_kept():
@@ -74,7 +68,7 @@ def all_kept():
 
 def mean_of(result, method, shots, split="test"):
     """A method's accuracy in %, mean over seeds."""
-    return report.mean_std(result["few_shot"][method][str(shots)], split)[0]
+    return grid.mean_std(result["few_shot"][method][str(shots)], split)[0]
 
 
 def average_of(results, method, shots):
@@ -118,7 +112,7 @@ def answered(number, *answers):
 def finish(fig):
     """Shows a figure as a PNG of 128 colours, which takes a third of the space in the notebook."""
     sharp = io.BytesIO()
-    fig.savefig(sharp, dpi=int(os.environ.get("MINI_COOP_DPI", 96)))
+    fig.savefig(sharp, dpi=96)
     small = io.BytesIO()
     PIL.Image.open(sharp).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     plt.close(fig)
@@ -187,41 +181,6 @@ def template_dots(scores, declared, chance):
 
 # ---------------------------------------------------------------- figures: the method
 
-def draw_method():
-    """Image encoder, text encoder, context and loss; what is frozen and where gradients flow."""
-    fig, ax = plt.subplots(figsize=(8.5, 3.3), layout="constrained")
-    boxes = {"images": (0, 2.2, "white"), "image encoder\n(frozen)": (2, 2.2, "#D9E6F2"),
-             "image\nfeatures": (4, 2.2, "white"), "cosines ×\nlogit scale": (6, 1.1, "white"),
-             "softmax,\nloss": (8, 1.1, "white"), "V1 ... VM\n(learned)": (0, 0.75, "#FFD9B3"),
-             "class names": (0, -0.35, "white"), "text encoder\n(frozen)": (2, 0, "#D9E6F2"),
-             "text\nfeatures": (4, 0, "white"), "labels": (8, 2.2, "white")}
-    for text, (x, y, colour) in boxes.items():
-        hatch = "//" if "learned" in text else None
-        ax.add_patch(FancyBboxPatch((x, y), 1.4, 0.75, "round,pad=0.05", fc=colour, ec="gray",
-                                    hatch=hatch))
-        ax.text(x + 0.7, y + 0.375, text, ha="center", va="center", fontsize=9,
-                bbox={"fc": colour, "ec": "none", "pad": 0.5})
-
-    def arrow(start, end, colour="black", style="-", bend=0.0):
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=colour,
-                                     linestyle=style, connectionstyle=f"arc3,rad={bend}"))
-    for start, end in [((1.5, 2.57), (1.93, 2.57)), ((3.5, 2.57), (3.93, 2.57)),
-                       ((5.5, 2.4), (6.3, 1.95)), ((1.5, 1.0), (1.93, 0.6)),
-                       ((1.5, 0.05), (1.93, 0.25)), ((3.5, 0.37), (3.93, 0.37)),
-                       ((5.5, 0.5), (6.0, 1.15)), ((7.5, 1.5), (7.93, 1.5)),
-                       ((8.7, 2.13), (8.7, 1.92))]:
-        arrow(start, end)
-    arrow((8.5, 1.03), (7.0, 1.03), ORANGE, "--", -0.35)
-    arrow((6.6, 1.03), (5.2, -0.07), ORANGE, "--", -0.3)
-    arrow((4.4, -0.07), (2.8, -0.07), ORANGE, "--", -0.25)
-    arrow((2.4, 0.82), (1.3, 1.55), ORANGE, "--", 0.4)
-    ax.text(6.5, 0.1, "gradient", color=ORANGE, fontsize=10)
-    ax.text(0.0, 1.65, "context", fontsize=10)
-    ax.set(xlim=(-0.2, 9.7), ylim=(-0.75, 3.4))
-    ax.axis("off")
-    finish(fig)
-
-
 def draw_prompts(coops, rows=3):
     """The prompts of the first classes, a panel per CoOp; hatched boxes are learned vectors."""
     fig, axes = plt.subplots(math.ceil(len(coops) / 2), 2, figsize=(9, 1.8 * len(coops) / 2),
@@ -285,55 +244,27 @@ def draw_tree(tokens, position, visible):
 
 # ---------------------------------------------------------------- figures: results
 
-def over_shots(results, methods=report.METHODS, columns=3, average=True, paper=False):
-    """The paper's figure: a panel for the average, one for the paper's own, one per task."""
-    first = next(iter(results.values()))
-    shots = list(next(iter(first["few_shot"].values())))
-    n = len(results) + average + paper
-    rows = math.ceil(n / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.0 * columns, 2.6 * rows + 0.5),
-                             layout="constrained", squeeze=False)
-    panels = []
+def over_shots(results, methods=grid.METHODS, average=True, paper=False):
+    """The paper's figure: panels for the average, for the paper's own and for each task."""
+    panels = {}
     if average:
-        few = {}
-        for method in methods:
-            few[method] = [report.average_over_tasks(results, method, n) for n in shots]
-        star = np.mean([report.declared(result) for result in results.values()])
-        panels.append((f"average of these {len(results)}", few, star))
+        panels[f"average of these {len(results)}"] = grid.average(list(results.values()))
     if paper:
-        panels.append(("the paper's average of eleven", *papers_average(shots, methods)))
-    for task, result in results.items():
-        few = {}
-        for method in methods:
-            few[method] = [result["few_shot"][method][n] for n in shots]
-        panels.append((task, few, report.declared(result)))
-    for ax in axes.flat:
-        ax.axis("off")
-    for i, (ax, (title, few, star)) in enumerate(zip(axes.flat, panels)):
-        ax.axis("on")
-        curves = {}
-        for method, values in few.items():
-            curves[method] = [report.mean_std(rows) for rows in values]
-        report.panel(ax, title, shots, curves, star)
-        ax.set_xlabel("shots" if i >= n - columns else "")
-        ax.set_ylabel("test accuracy, %" if i % columns == 0 else "")
-    handles = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", ncols=2)
-    finish(fig)
+        panels["the paper's average"] = papers_average()
+    finish(grid.over_shots({**panels, **results}, methods))
 
 
-def papers_average(shots=("1", "2", "4", "8", "16"), methods=report.METHODS):
-    """The paper's average over its eleven data sets -> ({method: [rows per shots]}, zero-shot)."""
+def papers_average():
+    """The paper's average over its eleven data sets (RN50, M = 16), in the form of a result."""
     settings = {"model": "RN50", "n_ctx": 16, "ctx_init": None, "epochs": None,
                 "class_position": "end"}
+    theirs = grid.paper(settings)["average"]
     few = {}
-    for method in methods:
-        theirs = report.published(settings, method)
-        few[method] = []
-        for n in shots:
-            few[method].append([{"test": np.mean(list(theirs[n].values()))}])
-    zero_shot = report.published(settings, "zero-shot")["0"]
-    return few, np.mean(list(zero_shot.values()))
+    for method in grid.METHODS:
+        few[method] = {n: [{"test": accuracy}] for n, accuracy in theirs[method].items()}
+    zero_shot = {"their templates": {"test": theirs["zero-shot"]["0"]}}
+    return {"settings": settings, "template": "their templates", "zero_shot": zero_shot,
+            "few_shot": few}
 
 
 def variant_dots(rows, xlabel):
@@ -397,32 +328,3 @@ def domain_dots(rows, domains):
     ax.grid(axis="y", alpha=0.3)
     fig.legend(loc="outside lower center", ncols=3)
     finish(fig)
-
-
-# ---------------------------------------------------------------- slides
-
-def slides(folder, lessons):
-    """Runs the lessons with sharp figures and saves these as <lesson>_<number>.png."""
-    import nbformat  # here, as a lesson needs neither
-    from nbclient import NotebookClient
-    os.environ["MINI_COOP_DPI"] = "200"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in lessons:
-        notebook = nbformat.read(path, 4)
-        resources = {"metadata": {"path": str(path.parent)}}
-        NotebookClient(notebook, timeout=600, resources=resources).execute()
-        pictures = []
-        for cell in notebook.cells:
-            outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
-            pictures += [data["image/png"] for data in outputs if "image/png" in data]
-        for number, picture in enumerate(pictures, 1):
-            file = folder / f"{path.stem}_{number}.png"
-            file.write_bytes(base64.b64decode(picture))
-        print(f"{path.stem}: {len(pictures)} figures in {folder}", flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the figures go")
-    slides(parser.parse_args().folder, sorted(Path(__file__).parent.glob("0*.ipynb")))
