@@ -173,8 +173,8 @@ def run_grid(model, preprocess, data, folder, args):
         tests = encode_tests(model, preprocess, data)
         settings = {**vars(args), **same, "dataset": data.name, "out": str(args.out),
                     "threads": torch.get_num_threads(), "torch": torch.__version__}
-        result = {"settings": settings,
-                  **before_training(model, data, tests, map(new_coop, args.seeds))}
+        untrained = map(new_coop, sorted(set(args.seeds)))
+        result = {"settings": settings, **before_training(model, data, tests, untrained)}
     for method, shots, seed in tqdm(todo, data.name, ncols=79, disable=not todo):
         few = samples[shots, seed]
         if method == "linear probe":
@@ -247,7 +247,7 @@ def tables(result, name):
         lines.append(line(template, [row["test"]], 42, 7))
     if theirs:
         lines.append(line("  the paper", theirs["zero-shot"].values(), 42, 7))
-    lines.append(line("random vectors, untrained", [mean_std(result["untrained"])[0]], 42, 7))
+    lines.append(line("random context, untrained", [mean_std(result["untrained"])[0]], 42, 7))
     shots = list(few[list(few)[0]])
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds", line("shots", shots)]
     for method, by_shots in few.items():
@@ -280,10 +280,9 @@ def over_shots(results, methods=METHODS):
     fig = Figure((max(5, 2.6 * columns), 2.4 * rows + 1), layout="constrained")
     for i, (title, result) in enumerate(results.items()):
         ax = fig.add_subplot(rows, columns, i + 1)
+        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
         if "untrained" in result:  # which the paper did not measure
-            untrained = mean_std(result["untrained"])[0]
-            ax.axhline(untrained, color="#CC79A7", lw=0.8, label="random vectors, untrained")
-            ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
+            ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", label="untrained context")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
         few = result["few_shot"]
@@ -328,19 +327,19 @@ def one(model, preprocess, data, args):
 def main(argv=None):
     args = arguments(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ±
     try:
         datasets = [mini_coop.load_dataset(name, args.template) for name in args.dataset]
         model, preprocess = mini_coop.load_clip(args.model, args.device)
-        device = model.text_projection.device
-        on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        on = torch.cuda.get_device_name() if model.logit_scale.is_cuda else "cpu"
         print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CLIP {args.model} "
               f"on {on}, CPU threads: {torch.get_num_threads()}")
         results = {data.name: one(model, preprocess, data, args) for data in datasets}
         if len(results) > 1:
-            mean_of_all = average(list(results.values()))
+            panels = {"average": average(list(results.values())), **results}
             file = args.out / f"{'+'.join(results)[:100]}.png"
-            over_shots({"average": mean_of_all, **results}).savefig(file, dpi=120)
-            print(f"\n{tables(mean_of_all, 'average')}\n\nThe figure of all: {file}")
+            over_shots(panels).savefig(file, dpi=120)
+            print(f"\n{tables(panels['average'], 'average')}\n\nThe figure of all: {file}")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"mini_coop.py: error: {error}")
     except KeyboardInterrupt:

@@ -29,10 +29,11 @@ import sys
 import time
 from pathlib import Path
 
+import clip
 import torch
 
 import mini_coop
-from mini_coop import CoOp, clip, load_clip
+from mini_coop import CoOp, load_clip
 from reference import reference_features
 
 M = 16  # context vectors
@@ -43,7 +44,7 @@ LINE = "{:30}{:>12}{:>9}{:>7}{:>14}{:>9}{:>7}{:>14}"
 def class_names(K):
     """K names of 1 to 11 tokens, 2 on average, as ImageNet's: prompts of 21 tokens, 30 at most."""
     words = []
-    for token in mini_coop._tokenizer.encoder:
+    for token in mini_coop.tokenizer.encoder:
         word = token[:-4]
         if token.endswith("</w>") and word.isalpha() and word.isascii():
             words.append(word)

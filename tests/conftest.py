@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data"))  # the scripts: grid, report, prepare
+sys.path.insert(0, str(ROOT / "data"))  # the scripts: grid, prepare
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,10 @@ def solvable(E=32, K=4, n=8, seed=0):
     labels = torch.arange(K).repeat_interleave(n)
     noise = torch.randn(K * n, E, generator=generator)
     return F.normalize(centres[labels] + 0.05 * noise, dim=-1), labels
+
+
+class Malicious:
+    """An object whose pickle runs code: it makes the folder `pwned`."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))

@@ -23,7 +23,7 @@ def reference_features(coop, classes=None, model=None):
     ends = []
     for k in range(len(coop.classnames)) if classes is None else classes:
         # "X X ... X name." is tokenised as the published code does it: M placeholders, name, period
-        name = coop.classnames[k].replace("_", " ").strip()
+        name = coop.classnames[k].replace("_", " ")
         prompt = " ".join(["X"] * M) + f" {name}."
         tokens = clip.tokenize(prompt)[0].long().to(coop.ctx.device)  # (77,)
         ends.append(int(tokens.argmax()))  # EOT has the largest id

@@ -9,13 +9,15 @@ import clip
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mini_coop import DATA, load_clip
+from mini_coop import DATA, load_clip, load_dataset, open_image
 
 sys.path.insert(0, str(DATA / "build"))
 import captions  # noqa: E402
 import card  # noqa: E402
 import icons  # noqa: E402
+import tasks  # noqa: E402
 import train  # noqa: E402
 
 # ---------------------------------------------------------------- names
@@ -33,11 +35,6 @@ import train  # noqa: E402
 ])
 def test_clean_name(prefix, icon, suffixes, expected):
     assert icons.clean_name(prefix, icon, suffixes) == expected
-
-
-def test_style_suffixes_need_to_be_common():
-    names = [f"n{i}-outline" for i in range(20)] + [f"n{i}" for i in range(300)] + ["border-line"]
-    assert icons.style_suffixes(names) == {"outline"}
 
 
 def test_select_keeps_one_size_and_leaves_out_brands_and_skin_tones():
@@ -64,23 +61,9 @@ def says(text, words):
     return any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
 
 
-def test_captions_are_true_and_varied():
-    pairs = many()
-    texts = [text for text, _ in pairs]
-    assert len(set(texts)) > 200
-    assert 0.95 < sum("umbrella" in text for text in texts) / 2000 < 1
-    assert 0.1 < sum(text.strip(".") == "umbrella" for text in texts) / 2000 < 0.4
-    wrong = [*captions.COLOURS, *captions.INVERTED, "photo", "a umbrella", "a outline", "black"]
-    for style, words in captions.SYNONYMS.items():
-        wrong += words if style != "outline" else []
-    wrong = set(wrong) - set(captions.SYNONYMS["outline"])
-    assert not any(says(text, wrong) for text in texts)
-    assert captions.an("umbrella") == "an umbrella"
-    assert captions.an("key") == "a key"
-
-
-def test_told_is_what_the_text_claims():
+def test_captions_are_varied_and_told_is_what_they_claim():
     outline = captions.SYNONYMS["outline"]
+    assert len({text for text, _ in many()}) > 200
     for text, told in many():
         assert told <= {"name umbrella", "style outline"} and told
         assert ("name umbrella" in told) == says(text, ["umbrella"])
@@ -94,18 +77,8 @@ def test_told_is_what_the_text_claims():
     assert seen == {"name umbrella", "style pixel", "style two-tone"}
     # an icon without a style has its name only
     assert all(told == {"name umbrella"} for _, told in many(styles=[]))
-
-
-def test_colour_and_inversion_are_mentioned_when_asked_for():
-    for text, told in many(colour="red"):
-        assert "colour red" in told and says(text, ["red"])
-        assert ("style outline" in told) == says(text, captions.SYNONYMS["outline"]), text
-        assert "inverted" not in told
-    ends = tuple(pattern.format("") for pattern in captions.INVERTED)
-    for text, told in many(inverted=True):
-        assert "inverted" in told and text.rstrip(".").endswith(ends)
-    both = many(colour="red", inverted=True)
-    assert all({"colour red", "inverted"} <= told for _, told in both)
+    for text, told in many(colour="red", inverted=True):
+        assert {"colour red", "inverted"} <= told and says(text, ["red"])
 
 
 def test_noise():
@@ -256,30 +229,32 @@ def test_the_cards_tables_are_those_of_the_results():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     assert card.all_tables() == text.partition(card.RESULTS)[2].partition(card.END)[0]
     readme = (DATA.parent / "README.md").read_text(encoding="utf-8")
-    for method in card.report.METHODS:
-        cells = []
-        for n in card.SHOTS:
-            averages = card.report.average_over_tasks(card.kept(), method, n)
-            cells.append(card.report.spelled(averages).split()[0])
+    average = card.grid.average([card.kept(task) for task in card.TASKS])
+    for method in card.grid.METHODS:
+        cells = [cell.split()[0] for cell in card.of_shots(average, method)]
         assert card.row(method, "", *cells).replace("|  |", "| |") in readme
 
 
-def test_collect_takes_a_grid_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_collect_names_results_by_task_and_setting(tmp_path, monkeypatch):
+    for folder in ("runs/mini_favicons", "runs/middle/mini_favicons"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "results.json").write_text(folder)
     (tmp_path / "data/results").mkdir(parents=True)
-    for suffix, setting in card.SETTINGS.items():
-        for task, result in card.kept(suffix).items():
-            folder = tmp_path / f"runs/mini_{task}{setting}"
-            folder.mkdir(parents=True)
-            (folder / "results.json").write_text(json.dumps({"seconds": 1, **result}))
     monkeypatch.setattr(card, "HERE", tmp_path / "data/build")
-    with pytest.raises(FileNotFoundError, match="mini_outlines"):
-        card.collect(tmp_path / "runs")
-    assert not list((tmp_path / "data/results").iterdir())
-    (tmp_path / "runs/mini_outlines").mkdir()
-    source = DATA / "results/outlines.json"
-    result = {"seconds": 1, **json.loads(source.read_text())}
-    (tmp_path / "runs/mini_outlines/results.json").write_text(json.dumps(result))
     card.collect(tmp_path / "runs")
-    made = {file.name: file.read_text() for file in (tmp_path / "data/results").iterdir()}
-    assert len(made) == 43
-    assert all(text == (DATA / "results" / name).read_text() for name, text in made.items())
+    for name, text in (("favicons", "runs/mini_favicons"),
+                       ("favicons_middle", "runs/middle/mini_favicons")):
+        assert (tmp_path / f"data/results/{name}.json").read_text() == text
+
+
+def test_favicons_are_drawn_from_objects(tmp_path):
+    for task in ("objects", "outlines"):
+        (tmp_path / task).mkdir()
+        for file in (DATA / task).iterdir():
+            (tmp_path / task / file.name).write_bytes(file.read_bytes())
+    tasks.favicons(tmp_path)
+    for file in ("favicons/images.zip", "favicons/dataset.json", "favicon_outlines/dataset.json"):
+        assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
+    image = open_image(load_dataset("favicons").train.images[0])
+    small = image.resize((16, 16), Image.Resampling.NEAREST)
+    assert image == small.resize((64, 64), Image.Resampling.NEAREST)  # 16 x 16 fields

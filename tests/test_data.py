@@ -1,35 +1,33 @@
-"""Data sets, few-shot samples, image features; and the integrity of what is embedded."""
-
+"""Data sets, few-shot samples, images and their features; the integrity of what is embedded."""
 import copy
 import csv
 import hashlib
 import json
-import os
 import random
 import re
-import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
 import mini_coop
+from grid import TEMPLATES
 from mini_coop import (
     CoOp,
+    Dataset,
+    Split,
     encode_images,
     few_shot,
     load_dataset,
     open_image,
     zero_shot_weights,
 )
-from report import TEMPLATES
 
-TASKS = ["objects", "pixels", "styles", "designers", "actions", "things"]
+TASKS = ["objects", "pixels", "styles", "designers", "actions", "things", "favicons"]
+SHIFTED = ["outlines", "favicon_outlines"]
 PERMISSIVE = {"MIT", "ISC", "Apache-2.0", "CC0-1.0", "CC-BY-4.0", "CC-BY-3.0", "OFL-1.1",
               "BSD-3-Clause", "Unlicense"}
 
@@ -39,6 +37,14 @@ def picture(path, colour=(200, 30, 30), size=(80, 70)):
     Image.new("RGB", size, colour).save(path)
 
 
+def tree(root, *folders, n=4, suffix="png"):
+    """n small images in each folder."""
+    for folder in folders:
+        for i in range(n):
+            picture(root / folder / f"{i}.{suffix}", size=(4, 4))
+    return root
+
+
 def random_image(seed):
     pixels = np.random.default_rng(seed).integers(0, 255, (90, 70, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -46,252 +52,155 @@ def random_image(seed):
 
 # ---------------------------------------------------------------- few-shot samples
 
+def data_of(train, val):
+    """A data set whose images are their places."""
+    splits = [Split(list(range(len(labels))), labels) for labels in (train, val, [])]
+    return Dataset("numbers", [f"class {k}" for k in range(8)], "{}", *splits, {})
+
 
 def test_few_shot_by_hand():
-    """Worked by hand from the rule.
-
-    Classes in the order of first appearance, rng.sample for each, then validation.
-    """
-    train = [7, 3, 7, 3, 7, 5, 5, 3, 5]
-    val = [3, 7, 5, 3, 7, 5]
+    """Classes in the order of first appearance, rng.sample for each, then validation."""
+    data = data_of([7, 3, 7, 3, 7, 5, 5, 3, 5], [3, 7, 5, 3, 7, 5])
     rng = random.Random(1)
-    # classes 7, 3, 5
-    expected_train = rng.sample([0, 2, 4], 2) + rng.sample([1, 3, 7], 2) + rng.sample([5, 6, 8], 2)
-    # classes 3, 7, 5
-    expected_val = rng.sample([0, 3], 2) + rng.sample([1, 4], 2) + rng.sample([2, 5], 2)
-    assert few_shot(train, 2, 1) == expected_train
-    assert few_shot(torch.tensor(train), 2, 1, np.array(val)) == (expected_train, expected_val)
-    assert expected_train == [0, 4, 3, 1, 6, 8]  # random.Random's sequence, fixed since Python 3.2
+    train = rng.sample([0, 2, 4], 2) + rng.sample([1, 3, 7], 2) + rng.sample([5, 6, 8], 2)
+    val = rng.sample([0, 3], 2) + rng.sample([1, 4], 2) + rng.sample([2, 5], 2)
+    few = few_shot(data, shots=2, seed=1)
+    assert few.train == (train, [7, 7, 3, 3, 5, 5]) and few.val == (val, [3, 3, 7, 7, 5, 5])
+    assert train == [0, 4, 3, 1, 6, 8]  # random.Random's sequence, fixed since Python 3.2
+    assert few.test is data.test and few.classnames is data.classnames
 
 
-def test_few_shot_validation_is_at_most_four():
-    train, val = few_shot([0] * 30 + [1] * 30, 16, 2, [0] * 9 + [1] * 9)
-    assert len(train) == 32 and len(val) == 8 and len(set(train)) == 32
-    assert len(few_shot([0] * 30 + [1] * 30, 2, 2, [0] * 9 + [1] * 9)[1]) == 4
+def test_few_shot_takes_four_validation_images_at_most_and_what_there_is():
+    few = few_shot(data_of([0] * 30 + [1] * 30, [0] * 9 + [1] * 9), shots=16, seed=2)
+    assert len(set(few.train.images)) == 32 and few.val.labels == [0] * 4 + [1] * 4
+    with pytest.warns(UserWarning, match="fewer than 3 training images of class 1$"):
+        few = few_shot(data_of([0, 0, 0, 1, 1], []), shots=3, seed=1)
+    assert sorted(few.train.images) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="begin at 1"):
+        few_shot(data_of([0, 1], []), shots=0, seed=1)
 
 
-def test_few_shot_wants_labels_not_a_split():
-    with pytest.raises(ValueError, match=r"take \.labels"):
-        few_shot(mini_coop.Split(["a.png", "b.png"], [0, 1]), 1, 1)
+# ---------------------------------------------------------------- folders
 
-
-def test_few_shot_takes_what_there_is():
-    with pytest.warns(UserWarning, match=r"1 classes have fewer than 3 training images.*\{1: 2\}"):
-        assert sorted(few_shot([0, 0, 0, 1, 1], 3, 1)) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="shots must be a whole number of 1 or more, not 0"):
-        few_shot([0, 1], 0, 1)
-
-
-# ---------------------------------------------------------------- folders and dataset.json
-
-
-def test_a_folder_of_class_folders(tmp_path):
-    for name, n in (("red cat", 10), ("blue_dog", 4)):
-        for i in range(n):
-            picture(tmp_path / name / f"{i}.JPG")
-    (tmp_path / "red cat" / "notes.txt").write_text("no image")
-    data = load_dataset(tmp_path)
-    assert data.classnames == ["blue_dog", "red cat"]
-    assert data.template == "a photo of a {}."
-    assert data.domains == {}
-    assert [data.train.labels.count(k) for k in (0, 1)] == [2, 5]
-    assert [data.val.labels.count(k) for k in (0, 1)] == [1, 2]
-    assert [data.test.labels.count(k) for k in (0, 1)] == [1, 3]
-    everything = data.train.images + data.val.images + data.test.images
-    assert len(set(everything)) == 14 and data.train == load_dataset(str(tmp_path)).train
-
-
-def test_a_folder_with_splits(tmp_path):
-    for split, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
-        picture(tmp_path / split / name / "a.png")
-    data = load_dataset(tmp_path)
-    assert data.classnames == ["cat", "dog"]
-    assert data.train.labels == data.test.labels == [0, 1]
-    assert data.val.images == []
-
-
-def test_dataset_json_with_files_and_with_an_archive(tmp_path):
-    picture(tmp_path / "files/img/a.png")
-    picture(tmp_path / "files/img/b.png", (0, 0, 200))
-    spec = {
-        "classnames": ["x", "y"],
-        "template": "{}",
-        "images": "img",
-        "splits": {"train": [["a.png", 0]], "test": [["b.png", 1]]},
-        "domains": {"night": [["a.png", 0], ["b.png", 1]]},
-    }
-    (tmp_path / "files/dataset.json").write_text(json.dumps(spec))
-    (tmp_path / "zipped").mkdir()
-    with zipfile.ZipFile(tmp_path / "zipped/img.zip", "w") as archive:
-        for name in ("a.png", "b.png"):
-            archive.write(tmp_path / "files/img" / name, f"sub/{name}")
-    zipped = json.dumps({**spec, "images": "img.zip"})
-    zipped = zipped.replace("a.png", "sub/a.png").replace("b.png", "sub/b.png")
-    (tmp_path / "zipped/dataset.json").write_text(zipped)
-    for folder in ("files", "zipped"):
-        data = load_dataset(tmp_path / folder)
-        assert open_image(data.test.images[0]).convert("RGB").getpixel((0, 0)) == (0, 0, 200)
-        assert data.val.images == [] and data.domains["night"].labels == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            {"splits": {"train": [["a.png", 0], ["gone.png", 0]]}},
-            "1 of 2 images of 'train' are missing, first .*gone.png",
-        ),
-        ({"splits": {"train": [["a.png", 2]]}}, "label 2 in 'train', but there are 2 classes"),
-        ({"format": 2}, "is not in our form.*format 2, but this version reads 1: prepare it again"),
-        ({"splits": {"validation": []}}, "is not in our form.*validation is neither"),
-        ({"domains": {"test": []}}, "is not in our form.*test is neither"),
-        ({"template": None}, "is not in our form.*template must be a text"),
-        ({"splits": {"train": [["a.png", 1.0]]}}, "label 1.0 in 'train'"),
-        ({"splits": None}, "is not in our form"),
-        ({"classnames": None}, "is not in our form"),
-        ({"classnames": "cd"}, "class names must be a list of texts"),
-        ({"classnames": []}, "class names must be a list of texts"),
-    ],
-)
-def test_a_broken_dataset_json(tmp_path, change, message):
-    picture(tmp_path / "a.png")
-    spec = {"classnames": ["x", "y"], "template": "{}", "splits": {"train": [["a.png", 0]]}}
-    spec.update(change)
-    (tmp_path / "dataset.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=message):
-        load_dataset(tmp_path)
-    (tmp_path / "dataset.json").write_text(json.dumps(spec)[:40])
-    with pytest.raises(ValueError, match="is not in our form"):
-        load_dataset(tmp_path)
-
-
-def test_unknown_and_empty_data_sets(tmp_path):
-    message = "no data set 'object': neither a folder nor one of .*objects"
-    with pytest.raises(ValueError, match=message):
-        load_dataset("object")
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(ValueError, match="holds no images: expected"):
-        load_dataset(tmp_path)
-
-
-# ---------------------------------------------------------------- image features
-
-
-def test_encode_images(tiny, tmp_path):
-    images = [random_image(i) for i in range(5)]
-    images[0].save(tmp_path / "0.png")
-    features = encode_images(*tiny, images, batch_size=2, progress=False)
-    own = tiny[0].encode_image(torch.stack([tiny[1](image) for image in images]))
-    assert torch.allclose(features, own, atol=1e-5) and features.dtype == torch.float32
-    from_file = encode_images(*tiny, [tmp_path / "0.png"], progress=False)
-    assert torch.allclose(from_file[0], features[0], atol=1e-5)
-    assert encode_images(*tiny, str(tmp_path / "0.png"), progress=False).shape == (1, 32)
-
-
-def test_views_are_random_crops_that_do_not_depend_on_the_batches(tiny):
-    images = [random_image(i) for i in range(3)]
-    state = torch.get_rng_state()
-    views = encode_images(*tiny, images, views=4, progress=False)
-    assert views.shape == (3, 4, 32) and torch.equal(torch.get_rng_state(), state)
-    assert (views[0, 0] - views[0, 1]).abs().max() > 1e-4  # views differ
-    for options in ({"batch_size": 5}, {"workers": 2}):
-        again = encode_images(*tiny, images, views=4, progress=False, **options)
-        assert torch.allclose(views, again, atol=1e-5), options
-    other = encode_images(*tiny, images, views=4, seed=1, progress=False)
-    assert (views - other).abs().max() > 1e-4
-
-
-def test_an_unreadable_image_is_named_and_the_rest_is_kept(tiny, tmp_path):
-    picture(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
-    files = [tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "good.png"]
-    with pytest.warns(UserWarning, match=r"1 of 3 images cannot be read.*bad.png"):
-        features = encode_images(*tiny, files, progress=False)
-    assert features.isfinite().all(1).tolist() == [True, False, True]
-    with pytest.raises(ValueError, match="no images to encode"):
-        encode_images(*tiny, [])
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.write(tmp_path / "good.png", "a.png")
-        archive.write(tmp_path / "good.png", "b.png")
-    content = bytearray((tmp_path / "images.zip").read_bytes())
-    content[60] ^= 255  # a flipped byte inside of a.png
-    (tmp_path / "images.zip").write_bytes(content)
-    with pytest.warns(UserWarning, match="1 of 2 images cannot be read.*a.png"):
-        zipped = [tmp_path / "images.zip/a.png", tmp_path / "images.zip/b.png"]
-        features = encode_images(*tiny, zipped, progress=False)
-    assert features.isfinite().all(1).tolist() == [False, True]
-
-
-def test_views_of_two_classes_differ_where_files_are_called_alike(tiny, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    files = [tmp_path / "cat/001.png", tmp_path / "dog/001.png"]
-    for file in files:
-        file.parent.mkdir()
-        Image.fromarray(noise).save(file)
-    cat, dog = encode_images(*tiny, files, views=3, progress=False)
-    assert (cat - dog).abs().max() > 1e-4
-
-
-def test_an_images_views_do_not_depend_on_the_others(tiny, tmp_path):
-    files = [tmp_path / "a.png", tmp_path / "b.png"]
-    for seed, file in enumerate(files):
-        random_image(seed).save(file)
-    both = encode_images(*tiny, files, views=3, progress=False)
-    alone = encode_images(*tiny, files[1:], views=3, progress=False)
-    assert torch.allclose(alone[0], both[1], atol=1e-5)
-
-
-def test_a_replaced_archive_is_read_anew(tmp_path):
-    for colour in ((200, 0, 0), (0, 0, 200)):
-        picture(tmp_path / "a.png", colour)
-        with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
-            archive.write(tmp_path / "a.png", "a.png")
-        os.utime(tmp_path / "new.zip", (colour[0], colour[0]))
-        os.replace(tmp_path / "new.zip", tmp_path / "images.zip")
-        assert open_image(tmp_path / "images.zip/a.png").getpixel((0, 0)) == colour
-
-
-def test_folders_that_are_called_train(tmp_path):
-    for name in ("bus", "train"):
-        for i in range(4):
-            picture(tmp_path / name / f"{i}.png")
-    assert load_dataset(tmp_path).classnames == ["bus", "train"]
-    picture(tmp_path / "tram/0.png")
-    with pytest.warns(UserWarning, match="no train images of 1 of 3 classes: tram"):
-        load_dataset(tmp_path)
-    picture(tmp_path / "tram/1.png")
-    picture(tmp_path / "tram/2.png")
-    with pytest.warns(UserWarning, match="no test images of 1 of 3 classes: tram"):
-        load_dataset(tmp_path)
-
-
-def test_what_else_lies_in_a_folder(tmp_path):
-    for name in ("train/cat", "train/dog", "test/cat", "test/dog", "valid/cat",
-                 "__MACOSX/train/cat", ".hidden/cat", "train/.thumbs"):
-        picture(tmp_path / name / "0.png")
-    picture(tmp_path / "train/cat/._0.png")
-    with pytest.warns(UserWarning, match="1 files are not read, first .*valid/cat/0.png"):
+def test_a_folder_of_class_folders_is_dealt_as_published(tmp_path):
+    for n in range(1, 12):
+        tree(tmp_path, f"class_{n:02}", n=n, suffix="JPG")
+    with pytest.warns(UserWarning, match="no (training|test) images"):
         data = load_dataset(tmp_path)
-    assert data.classnames == ["cat", "dog"] and len(data.train.images) == 2
-    (tmp_path / "train/dog/0.png").unlink()
-    with pytest.warns(UserWarning, match="no train images of 1 of 2 classes: dog"):
+    assert data.classnames[0] == "class_01" and data.template == "a photo of a {}."
+    for label in range(11):
+        n = label + 1
+        counts = [split.labels.count(label) for split in (data.train, data.val, data.test)]
+        assert counts == [round(0.5 * n), round(0.2 * n), n - round(0.5 * n) - round(0.2 * n)]
+    assert len({*data.train.images, *data.val.images, *data.test.images}) == 66
+
+
+def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
+    splits = tree(tmp_path / "splits", "train/cat", "train/dog", "test/cat", "test/dog", "val/cat")
+    data = load_dataset(str(splits), "a drawing of {}.")
+    assert data.template == "a drawing of {}."
+    assert data.classnames == ["cat", "dog"] and data.train.labels == [0] * 4 + [1] * 4
+    assert data.val.labels == [0] * 4 and data.train.images[0] == splits / "train/cat/0.png"
+    vehicles = tree(tmp_path / "vehicles", "train", "cars", "ships")
+    assert load_dataset(vehicles).classnames == ["cars", "ships", "train"]
+    odd = tree(tmp_path / "odd", "Löwe", "猫", "a [b]", ".hidden", "__MACOSX/.x")
+    for suffix in ("jfif", "ppm", "pgm", "webp", "tif"):
+        tree(odd, "猫", n=1, suffix=suffix)
+    (odd / "link").symlink_to(vehicles / "cars")
+    assert load_dataset(odd).classnames == ["Löwe", "a [b]", "link", "猫"]
+    monkeypatch.chdir(tree(tmp_path, "actions/cat", "actions/dog"))
+    assert load_dataset("./actions").classnames == ["cat", "dog"]  # a path is no name
+    assert len(load_dataset("actions").classnames) == 11
+
+
+@pytest.mark.parametrize("folders, found", [
+    (["train", "test1"], "test1, train"),  # Kaggle's cats and dogs: labels in file names
+    (["Art/cat", "Art/dog", "Clipart/cat"], "Art/cat/0.png"),  # domains above the classes
+    (["train/cat", "train/dog", "valid/cat", "test/cat"], "valid/cat/0.png"),
+    (["Train/cat", "Train/dog", "Test/cat"], "Test/cat/0.png"),
+    (["train/cat", "train/dog", "test"], "test/0.png"),  # test images without labels
+    (["train2017", "val2017"], "train2017, val2017"),  # COCO
+    (["images", "masks"], "images, masks"),  # a segmentation set
+    (["train/images", "valid/images"], "valid/images/0.png"),  # YOLO
+    (["train/n01/images", "train/n02/images"], "train/n01/images/0.png"),  # Tiny ImageNet
+    (["photos/cat", "photos/dog"], "photos/cat/0.png"),  # a folder too far up
+    (["cat", "dog", "."], "0.png"),
+    (["cat"], "found cat"),
+    ([], "found no images"),
+])
+def test_other_forms_of_folders_are_one_error(tmp_path, folders, found):
+    tree(tmp_path, *folders)
+    with pytest.raises(ValueError, match=rf"expected <class>/\*.jpg.*{found}"):
         load_dataset(tmp_path)
 
 
-def test_splits_by_another_name(tmp_path):
-    for name in ("Train/cat", "Train/dog", "Testing/cat"):
-        for i in range(4):
-            picture(tmp_path / name / f"{i}.png")
-    message = "Testing, Train read as classes; if they are splits, call them train, val and test"
-    with pytest.warns(UserWarning, match=message):
-        assert load_dataset(tmp_path).classnames == ["Testing", "Train"]
+def test_what_is_missing_in_a_folder_is_said(tmp_path):
+    tree(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog")
+    with pytest.warns(UserWarning, match=r"no test images of 2 classes.*'cat', 'dog'"):
+        load_dataset(tmp_path)
+    tree(tmp_path, "test/cat", "test/dog", "test/fox")
+    with pytest.warns(UserWarning, match=r"no training images of 1 classes.*'fox'"):
+        load_dataset(tmp_path)
+    tree(tmp_path, "train/fox")
+    (tmp_path / "train/dog/photo.heic").write_bytes(b"another format")
+    with pytest.warns(UserWarning, match="1 files are no images, first train/dog/photo.heic"):
+        load_dataset(tmp_path)
+    (tmp_path / "train/dog/photo.heic").unlink()
+    (tmp_path / "train/cat/gone.png").symlink_to("/nowhere/gone.png")
+    assert tmp_path / "train/cat/gone.png" in load_dataset(tmp_path).train.images  # an error later
 
+
+# ---------------------------------------------------------------- dataset.json
+
+SPEC = {"classnames": ["x", "y"], "template": "{}", "images": "img",
+        "splits": {"train": [["a.png", 0]], "test": [["b.png", 1]]},
+        "domains": {"night": [["a.png", 0], ["b.png", 1]]}}
+
+
+@pytest.mark.filterwarnings("ignore:.*no (training|test) images")
+@pytest.mark.parametrize("images", ["img", "img.ZIP"])
+def test_dataset_json_with_files_and_with_an_archive(tmp_path, images):
+    picture(tmp_path / "img/a.png")
+    picture(tmp_path / "img/b.png", (0, 0, 200))
+    with zipfile.ZipFile(tmp_path / "img.ZIP", "w") as archive:
+        archive.write(tmp_path / "img/a.png", "a.png")
+        archive.write(tmp_path / "img/b.png", "b.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({**SPEC, "images": images}))
+    data = load_dataset(tmp_path)
+    assert open_image(data.test.images[0]).getpixel((0, 0)) == (0, 0, 200)
+    assert data.val.images == [] and data.domains["night"].labels == [0, 1]
+
+
+@pytest.mark.parametrize("change", [
+    {"classnames": None}, {"classnames": ["x"]}, {"splits": None}, {"splits": {"validation": []}},
+    {"domains": {"test": []}}, {"domains": {"val": []}}, {"splits": {"train": [["a.png", "0"]]}},
+    {"splits": {"train": [["a.png", -1]]}}, {"splits": {"train": ["a.png"]}},
+    {"images": "dataset.json"},
+])
+def test_a_dataset_json_of_another_form(tmp_path, change):
+    (tmp_path / "dataset.json").write_text(json.dumps(SPEC | change))
+    with pytest.raises(ValueError, match="dataset.json is not in our form"):
+        load_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps(SPEC)[:40])
+    with pytest.raises(ValueError, match="dataset.json is not in our form"):
+        load_dataset(tmp_path)
+
+
+def test_unknown_data_sets_and_a_labs_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(mini_coop, "LAB", tmp_path)
+    with pytest.raises(ValueError, match="no data set 'object': neither a folder nor.*objects"):
+        load_dataset("object")
+    tree(tmp_path, "insects/img")
+    spec = {**SPEC, "splits": {part: [["0.png", 0], ["1.png", 1]] for part in ("train", "test")}}
+    (tmp_path / "insects/dataset.json").write_text(json.dumps({**spec, "domains": {}}))
+    assert load_dataset("insects").test.images[0] == tmp_path / "insects/img/0.png"
+    assert len(load_dataset("styles").classnames) == 8  # our own are still found
+
+
+# ---------------------------------------------------------------- images
 
 def test_all_kinds_of_images(tmp_path):
-    """What a person sees is what is encoded.
-
-    Rotated by EXIF, palette with transparency, alpha, 16 bits, one channel.
-    """
+    """What a person sees is what is encoded: EXIF, transparency, palette, gray, CMYK."""
     red = Image.new("RGB", (40, 20), (250, 10, 10))
     red.paste((10, 10, 250), (0, 0, 10, 20))  # blue at the left
     exif = Image.Exif()
@@ -300,191 +209,92 @@ def test_all_kinds_of_images(tmp_path):
     turned = open_image(tmp_path / "exif.jpg")
     assert turned.size == (20, 40)
     assert turned.getpixel((10, 3))[2] > 200 > turned.getpixel((10, 30))[2]
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "alpha.png")
-    assert open_image(tmp_path / "alpha.png").getpixel((1, 1)) == (255, 255, 255)
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 9, 99, 200])
     palette.save(tmp_path / "palette.png")
-    assert open_image(tmp_path / "palette.png").getpixel((1, 1)) == (9, 99, 200)
     palette.save(tmp_path / "transparent.png", transparency=1)
-    assert open_image(tmp_path / "transparent.png").getpixel((1, 1)) == (255, 255, 255)
-    Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
-    assert open_image(tmp_path / "deep.png").getpixel((1, 1)) == (128, 128, 128)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "alpha.png")
     Image.new("L", (8, 8), 77).save(tmp_path / "gray.png")
-    assert open_image(tmp_path / "gray.png").getpixel((1, 1)) == (77, 77, 77)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
+    for name, colour in (("palette.png", (9, 99, 200)), ("transparent.png", (255, 255, 255)),
+                         ("alpha.png", (255, 255, 255)), ("gray.png", (77, 77, 77)),
+                         ("cmyk.tif", (255, 0, 0))):
+        assert open_image(tmp_path / name).getpixel((1, 1)) == colour, name
 
 
-def test_class_folders_with_names_in_other_scripts(tiny, tmp_path):
-    for name in ("Löwe", "猫", "éléphant"):
-        for i in range(4):
-            picture(tmp_path / name / f"{i}.png", (40 * i, 0, 9))
-    data = load_dataset(tmp_path)
-    assert len(data.classnames) == 3
-    assert mini_coop.CoOp(tiny[0], data.classnames, 2).text_features().isfinite().all()
+@pytest.mark.parametrize("values", [np.uint16(128 * 256), np.float32(0.5), np.int32(4000)])
+def test_brightness_is_not_guessed(tmp_path, values):
+    Image.fromarray(np.full((8, 8), values)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="convert to 8 bits"):
+        open_image(tmp_path / "deep.tif")
 
 
-# ---------------------------------------------------------------- odd files and images
-
-def test_own_folders_are_dealt_as_the_published_code_deals(tmp_path):
-    for n in range(1, 12):
-        for i in range(n):
-            picture(tmp_path / f"class {n:02}" / f"{i}.png", size=(4, 4))
-    data = load_dataset(tmp_path)
-    for label in range(11):
-        n = label + 1
-        counts = [split.labels.count(label) for split in (data.train, data.val, data.test)]
-        assert counts == [round(0.5 * n), round(0.2 * n), n - round(0.5 * n) - round(0.2 * n)]
+def test_a_postscript_file_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(OSError, match="cannot identify"):
+        open_image(tmp_path / "a.png")
 
 
-def test_archives_by_any_suffix_and_damaged_ones(tmp_path):
-    picture(tmp_path / "a.png", (0, 0, 200))
-    with zipfile.ZipFile(tmp_path / "images.ZIP", "w") as archive:
-        archive.write(tmp_path / "a.png", "sub/a.png")
-    (tmp_path / "a.png").unlink()
-    spec = {"classnames": ["x", "y"], "template": "{}", "images": "images.ZIP",
-            "splits": {"test": [["sub/a.png", 1]]}}
-    (tmp_path / "dataset.json").write_text(json.dumps(spec))
-    data = load_dataset(tmp_path)
-    assert open_image(data.test.images[0]).getpixel((0, 0)) == (0, 0, 200)
-    content = (tmp_path / "images.ZIP").read_bytes()
-    (tmp_path / "images.ZIP").write_bytes(content[:len(content) // 2])
-    os.utime(tmp_path / "images.ZIP", (1, 1))
-    with pytest.raises(ValueError, match="images.ZIP is no zip archive, or is damaged"):
-        load_dataset(tmp_path)
+# ---------------------------------------------------------------- image features
+
+def test_encode_images(tiny, tmp_path):
+    images = [random_image(i) for i in range(5)]
+    images[0].save(tmp_path / "0.png")
+    features = encode_images(*tiny, images, batch_size=2, progress=False)
+    own = tiny[0].encode_image(torch.stack([tiny[1](image) for image in images]))
+    assert torch.allclose(features, own, atol=1e-5) and features.dtype == torch.float32
+    for one in (tmp_path / "0.png", str(tmp_path / "0.png")):
+        assert torch.allclose(encode_images(*tiny, one, progress=False)[0], features[0], atol=1e-5)
+    training = copy.deepcopy(tiny[0]).train()  # batch norm would mix the images
+    features = encode_images(training, tiny[1], images, progress=False)
+    assert torch.allclose(features, own, atol=1e-5)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_file_names_that_are_not_utf8(tiny, tmp_path):
-    folder = os.fsencode(tmp_path) + b"/cl\xe9"
-    os.mkdir(folder)
-    for i in range(4):
-        picture(tmp_path / "a.png")
-        os.replace(os.fsencode(tmp_path / "a.png"), folder + b"/\xe9%d.png" % i)
-    data = load_dataset(tmp_path)
-    for views in (1, 2):
-        features = encode_images(*tiny, data.train.images, views=views, progress=False)
-        assert features.isfinite().all()
+def test_views_are_crops_drawn_by_the_seed(tiny):
+    images = [random_image(i) for i in range(3)]
+    state = torch.get_rng_state()
+    views = encode_images(*tiny, images, views=4, progress=False)
+    assert views.shape == (3, 4, 32) and torch.equal(torch.get_rng_state(), state)
+    assert (views[0, 0] - views[0, 1]).abs().max() > 1e-4
+    again = encode_images(*tiny, images, views=4, batch_size=5, progress=False)
+    assert torch.allclose(views, again, atol=1e-5)
+    other = encode_images(*tiny, images, views=4, seed=1, progress=False)
+    assert (views - other).abs().max() > 1e-4
 
 
-def test_a_class_without_training_images_is_named(tmp_path):
-    picture(tmp_path / "a.png")
-    spec = {"classnames": ["x", "y"], "template": "{}",
-            "splits": {"train": [["a.png", 0]], "test": [["a.png", 0], ["a.png", 1]]}}
-    (tmp_path / "dataset.json").write_text(json.dumps(spec))
-    with pytest.warns(UserWarning, match="no train images of 1 of 2 classes: y"):
-        load_dataset(tmp_path)
-
-
-@pytest.mark.parametrize("image", [np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), None])
-def test_arrays_are_no_images(tiny, image):
-    with pytest.raises(ValueError, match="an image is a path or a PIL image.*Image.fromarray"):
-        open_image(image)
-
-
-def test_float_images_are_not_black():
-    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    assert abs(open_image(Image.fromarray(ramp)).getpixel((7, 7))[0] - 255) <= 1
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        open_image(Image.fromarray(ramp * np.float32("inf")))
-    assert open_image(Image.fromarray(255 * ramp)).getpixel((7, 7))[0] == 255
-    assert open_image(Image.fromarray(ramp)).getpixel((4, 3))[0] == round(255 * ramp[3, 4])
-
-
-def test_a_model_that_gives_nan_is_not_an_unreadable_image(tiny, tmp_path):
-    picture(tmp_path / "a.png")
-    broken = copy.deepcopy(tiny[0])
-    broken.visual.conv1.weight.data[0] = float("nan")
-    message = "CLIP gives NaN or infinity for 1 images that can be read"
-    with pytest.raises(RuntimeError, match=message):
-        encode_images(broken, tiny[1], [tmp_path / "a.png"], progress=False)
-
-
-def test_one_pil_image_many_times(tiny, tmp_path):
-    """PIL loads an image when it is first used, and not from several threads at once."""
-    pixels = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "big.png")
-    expected = encode_images(*tiny, str(tmp_path / "big.png"), progress=False)
-    for _ in range(5):
-        images = [Image.open(tmp_path / "big.png")] * 8
-        features = encode_images(*tiny, images, workers=8, progress=False)
-        assert torch.allclose(features, expected.expand(8, -1), atol=1e-5)
-
-
-def test_a_class_folder_without_readable_images_is_named(tmp_path):
-    for name in ("cat", "dog"):
-        for i in range(4):
-            picture(tmp_path / name / f"{i}.png")
-    (tmp_path / "fox").mkdir()
-    (tmp_path / "fox/a.heic").write_bytes(b"another format")
-    (tmp_path / "cat/folder.jpg").mkdir()
-    with pytest.warns(UserWarning, match="files are not read, first .*fox"):
-        data = load_dataset(tmp_path)
-    assert data.classnames == ["cat", "dog"]
-    assert len(data.train.images + data.val.images + data.test.images) == 8
-
-
-def test_a_transform_that_fails_is_no_unreadable_image(tiny):
-    with pytest.raises(TypeError):
-        encode_images(tiny[0], None, [Image.new("RGB", (8, 8))], progress=False)
-
-
-def test_views_do_not_disturb_the_callers_random_state(tiny, tmp_path):
-    picture(tmp_path / "a.png")
-    torch.manual_seed(5)
-    random.seed(5)
-    encode_images(*tiny, [tmp_path / "a.png"] * 3, views=2, progress=False)
-    after = torch.rand(1), random.random()
-    torch.manual_seed(5)
-    random.seed(5)
-    assert (torch.rand(1), random.random()) == after
-
-
-def test_a_random_view_is_what_torchvision_draws(monkeypatch):
-    """Area, shape and place of the crops have the distribution of RandomResizedCrop(0.08, 1)."""
-    image = Image.new("RGB", (90, 60))
-    rng = random.Random(0)
-    boxes = []
-    crop = Image.Image.crop
-    monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or crop(self, box))
-    for _ in range(8000):
-        assert mini_coop._random_view(image, 8, rng).size == (8, 8)
-    ours = torch.tensor([(r - x, b - y, x, y) for x, y, r, b in boxes]).double()
-    torch.manual_seed(0)
-    theirs = [transforms.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
-              for _ in range(8000)]
-    theirs = torch.tensor([(w, h, x, y) for y, x, h, w in theirs]).double()
-    for quantity in (lambda t: t[:, 0] * t[:, 1], lambda t: t[:, 0] / t[:, 1], lambda t: t[:, 2]):
-        a = quantity(ours).sort().values
-        b = quantity(theirs).sort().values
-        assert (a - b).abs().mean() < 0.06 * b.std() + 0.02
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"views": 0}, "views must be a whole number of 1 or more, not 0"),
-    ({"views": 1.5}, "views must be a whole number"),
-    ({"batch_size": True}, "batch_size must be a whole number of 1 or more, not True"),
-    ({"seed": -1}, "seed must be a whole number of 0 or more, not -1"),
-])
-def test_numbers_of_encode_images(tiny, options, message):
-    with pytest.raises(ValueError, match=message):
-        encode_images(*tiny, [Image.new("RGB", (8, 8))], **options)
+def test_all_images_that_cannot_be_read_are_named(tiny, tmp_path):
+    picture(tmp_path / "good.png")
+    content = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:60])
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "good.png", "good.png")
+        archive.writestr("cut too.png", content[:60])
+    files = [tmp_path / name for name in ("good.png", "cut.png", "gone.png", "float.tif")]
+    files += [zipfile.Path(tmp_path / "images.zip", name) for name in ("good.png", "cut too.png")]
+    with pytest.raises(ValueError, match="4 of 6 images cannot be read") as error:
+        encode_images(*tiny, files, progress=False)
+    for name in ("cut.png", "gone.png", "float.tif.*8 bits", "images.zip/cut too.png"):
+        assert re.search(name, str(error.value)), name
+    assert "good.png" not in str(error.value)
+    with pytest.raises(ValueError, match="no images to encode"):
+        encode_images(*tiny, [])
 
 
 # ---------------------------------------------------------------- what is embedded
 
-
-@pytest.mark.parametrize("task", [*TASKS, "outlines"])
+@pytest.mark.parametrize("task", [*TASKS, *SHIFTED])
 def test_embedded_tasks(task):
     data = load_dataset(task)
     K = len(data.classnames)
     assert K == len(set(data.classnames)) and "{}" in data.template
     least = {"train": 16, "val": 4, "test": 10 if task == "things" else 20}
-    if task == "outlines":
+    if task in SHIFTED:
         least = {"train": 1, "val": 1, "test": 1}
     for split, n in least.items():
         labels = getattr(data, split).labels
         assert min(labels.count(k) for k in range(K)) >= n, split
-    if task in ("objects", "outlines"):
+    if task in ("objects", *SHIFTED):
         assert K >= 30 and set(data.domains) == {"outline", "solid", "two-tone", "colour", "dark"}
     for split in ("train", "val", "test"):
         for image in getattr(data, split).images[:3]:
@@ -496,7 +306,7 @@ def sets_table():
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-@pytest.mark.parametrize("task", [*TASKS, "outlines"])
+@pytest.mark.parametrize("task", [*TASKS, *SHIFTED])
 def test_no_drawing_is_in_two_splits_and_none_was_seen_in_pretraining(task):
     data = load_dataset(task)
     splits = {"train": data.train, "val": data.val, "test": data.test}
@@ -513,12 +323,12 @@ def test_no_drawing_is_in_two_splits_and_none_was_seen_in_pretraining(task):
     everything = set().union(*names.values())
     assert {name.split("__")[0] for name in everything} <= held_out
     # every drawing's pixels, by their hash
-    archive = zipfile.ZipFile(data.train.images[0].parent)
+    archive = data.train.images[0].root
     pixels = {}
     for name in archive.namelist():
         rgb = np.asarray(Image.open(archive.open(name)).convert("RGB"))
         pixels[name] = hashlib.sha256(rgb.tobytes()).digest()
-    if task != "pixels":  # at 10 x 10 pixels two drawings can look the same
+    if task not in ("pixels", "favicons", "favicon_outlines"):  # small drawings can look the same
         of = {}
         for s, group in names.items():
             of[s] = {pixels[name] for name in group if name in pixels}
@@ -529,21 +339,15 @@ def test_no_drawing_is_in_two_splits_and_none_was_seen_in_pretraining(task):
     assert not seen & {digest[:5] for digest in pixels.values()}
 
 
-def test_things_is_the_many_class_task():
-    data = load_dataset("things")
-    assert len(data.classnames) >= 60
-    assert len(few_shot(data.train.labels, 16, 1)) == 16 * len(data.classnames)
-
-
-def test_the_whole_fits_in_34_megabytes():
+def test_the_whole_fits_in_35_megabytes():
     files = [mini_coop.DATA / "mini_clip.pt", mini_coop.DATA / "build/pretraining_hashes.npy"]
-    for task in [*TASKS, "outlines"]:  # not what data/prepare.py may have put beside them
+    for task in [*TASKS, *SHIFTED]:  # not what data/prepare.py may have put beside them
         files += (mini_coop.DATA / task).iterdir()
-    assert sum(file.stat().st_size for file in files) <= 34e6
+    assert sum(file.stat().st_size for file in files) <= 35e6
 
 
 def test_the_card_names_every_set_with_a_licence():
-    card = (mini_coop.DATA / "README.md").read_text(encoding="utf-8").splitlines()
+    card = (mini_coop.DATA / "build/README.md").read_text(encoding="utf-8").splitlines()
     for row in sets_table():
         start = f"| {row['set']} | {row['version']} |"
         line = next(line for line in card if line.startswith(start))
@@ -595,73 +399,3 @@ def test_an_untrained_context_keeps_what_the_template_knows(mini):
     template = ((x @ weights.T).argmax(1) == y).float().mean().item()
     untrained = [CoOp(mini[0], data.classnames, seed=seed).score(x, y) for seed in range(1, 6)]
     assert sum(untrained) / 5 > 0.9 * template
-
-
-def test_a_postscript_file_is_not_run(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
-    with pytest.raises(ValueError, match="PostScript"):
-        open_image(tmp_path / "a.png")
-
-
-def test_files_that_are_not_read_are_told_of(tmp_path):
-    for name in ("cat", "dog"):
-        for i in range(4):
-            picture(tmp_path / name / f"{i}.png")
-    (tmp_path / "README.txt").write_text("not worth a word")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_dataset(tmp_path)
-    (tmp_path / "cat/9.png").symlink_to("/nowhere/9.png")
-    (tmp_path / "dog/8.jfif").write_bytes(b"another suffix")
-    with pytest.warns(UserWarning, match="2 files are not read, first .*9.png, .*8.jfif"):
-        load_dataset(tmp_path)
-
-
-def test_archives_of_one_name_in_two_folders(tmp_path, monkeypatch):
-    for name, colour in (("a", "red"), ("b", "blue")):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8), colour).save(tmp_path / "x.png")
-        with zipfile.ZipFile(tmp_path / name / "images.zip", "w") as archive:
-            archive.write(tmp_path / "x.png", "x.png")
-        os.utime(tmp_path / name / "images.zip", (1, 1))
-    colours = []
-    for name in ("a", "b"):
-        monkeypatch.chdir(tmp_path / name)
-        colours.append(open_image("images.zip/x.png").getpixel((0, 0)))
-    assert colours == [(255, 0, 0), (0, 0, 255)]
-
-
-def test_a_clip_that_is_training_encodes_nothing(tiny):
-    model = copy.deepcopy(tiny[0]).train()
-    before = model.visual.bn1.running_mean.clone()
-    for wrong in (model, tiny):
-        with pytest.raises(ValueError, match="frozen, in eval mode|a CLIP is needed"):
-            encode_images(wrong, tiny[1], [Image.new("RGB", (8, 8))], progress=False)
-    assert torch.equal(model.visual.bn1.running_mean, before)
-
-
-def test_views_go_through_all_of_the_transform(tiny):
-    image = Image.effect_noise((40, 50), 60).convert("RGB")
-    gray = transforms.Compose([*tiny[1].transforms, transforms.Lambda(torch.zeros_like)])
-    views = encode_images(tiny[0], gray, [image], views=2, progress=False)
-    expected = tiny[0].encode_image(torch.zeros(1, 3, 64, 64))
-    assert torch.allclose(views[0], expected.expand(2, -1), atol=1e-5)
-
-
-def test_a_folder_that_is_a_link_is_read(tmp_path):
-    for name in ("elsewhere", "photos/train/dog", "photos/test/cat", "photos/test/dog"):
-        picture(tmp_path / name / "0.png")
-    (tmp_path / "photos/train/cat").symlink_to(tmp_path / "elsewhere")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(load_dataset(tmp_path / "photos").train.images) == 2
-
-
-def test_a_path_is_a_folder_and_no_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("cat", "dog"):
-        for i in range(4):
-            picture(tmp_path / "actions" / name / f"{i}.png")
-    assert load_dataset(Path("./actions")).classnames == ["cat", "dog"]
-    assert load_dataset("./actions").classnames == ["cat", "dog"]
-    assert len(load_dataset("actions").classnames) == 11

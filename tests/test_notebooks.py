@@ -13,25 +13,35 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 
+import grid
 import mini_coop
 
 NOTEBOOKS = mini_coop.DATA.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*.ipynb"))
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("0*.ipynb"))
 sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "solutions")]
-import cut  # noqa: E402
-import grade  # noqa: E402
 import lessons  # noqa: E402
 
 
-def test_exercises_are_cut_out_of_their_solutions():
+@pytest.mark.skipif(not SOLUTIONS, reason="handed out without solutions")
+def test_exercises_are_cut_out_of_their_solutions(tmp_path, monkeypatch):
+    import cut
     assert [p.name for p in LESSONS] == [p.name for p in SOLUTIONS] and len(LESSONS) == 5
     assert cut.main(check=True) == []
     for path in SOLUTIONS:
         cells = nbformat.read(path, 4).cells
-        exercises = sum(cell.source.startswith("### Exercise") for cell in cells)
-        assert exercises == len(grade.checks_of(nbformat.read(path, 4))) >= 3
+        assert sum(cell.source.startswith("### Exercise") for cell in cells) >= 3
         assert any(cell.source.startswith("### Open questions") for cell in cells)
+    # filled-in answers are not overwritten
+    monkeypatch.setattr(cut, "HERE", tmp_path / "solutions")
+    (tmp_path / "solutions").mkdir()
+    for folder, answer in (("solutions", "x = 1"), (".", "x = 2")):
+        cell = nbformat.v4.new_code_cell(f"x = None\n{cut.MARK}\n{answer}",
+                                         metadata={"tags": ["exercise"]})
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / folder / "1.ipynb")
+    with pytest.raises(SystemExit, match="has answers below the mark"):
+        cut.main(check=False)
+    assert "x = 2" in (tmp_path / "1.ipynb").read_text()
 
 
 def has_figure(cell):
@@ -48,10 +58,7 @@ def test_house_rules(path):
     for cell in code:
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
-        lines = cell.source.splitlines()
-        assert len(lines) <= 25
-        # nbval wants its mark alone on a line
-        assert "NBVAL_CHECK_OUTPUT" not in cell.source or "# NBVAL_CHECK_OUTPUT" in lines
+        assert len(cell.source.splitlines()) <= 25
     if path in LESSONS:
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         assert text.count("**Predict before you run.**") >= 2
@@ -65,10 +72,8 @@ def test_house_rules(path):
 
 @pytest.fixture(scope="module")
 def another(tmp_path_factory, tiny):
-    """Environment variables that switch the notebooks to another CLIP and another data set.
-
-    The CLIP has random weights, the data set is a folder of three classes.
-    """
+    """Environment variables that switch the notebooks to a CLIP with random weights, a folder of
+    three classes, and a small grid on them with other shots than the kept one."""
     folder = tmp_path_factory.mktemp("another")
     torch.save(tiny[0].state_dict(), folder / "clip.pt")
     rng = np.random.default_rng(0)
@@ -78,7 +83,10 @@ def another(tmp_path_factory, tiny):
             noise = rng.integers(0, 120, (70, 60, 3), dtype=np.uint8)
             noise[..., k] += 100
             Image.fromarray(noise).save(folder / "photos" / name / f"{i}.jpg")
-    return {"MINI_COOP_MODEL": str(folder / "clip.pt"), "MINI_COOP_DATA": str(folder / "photos")}
+    grid.main(["--model", str(folder / "clip.pt"), "--dataset", str(folder / "photos"), "--shots",
+               "1", "4", "--seeds", "1", "2", "--n-ctx", "2", "--out", str(folder / "runs")])
+    return {"MINI_COOP_MODEL": str(folder / "clip.pt"), "MINI_COOP_DATA": str(folder / "photos"),
+            "MINI_COOP_RUNS": str(folder / "runs")}
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
@@ -94,37 +102,6 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []  # and it leaves nothing behind
 
 
-def notebook_of(*sources):
-    """A small lesson: each source a code cell; those with a mark or a check are an exercise."""
-    cells = []
-    for source in sources:
-        tags = ["exercise"] if cut.MARK in source or "answered" in source else []
-        cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
-    return nbformat.v4.new_notebook(cells=cells)
-
-
-def test_what_is_handed_in_is_graded(tmp_path):
-    start = f"import sys; sys.path.append({str(NOTEBOOKS)!r}); import lessons"
-    checks = []
-    for n in (1, 2, 3):
-        checks.append(f"if lessons.answered({n}, x{n}):\n    assert x{n} == {n}")
-    answers = ["x1 = None", "x2 = None", "x3 = None"]
-    solution = notebook_of(start, *checks)
-    answers = [f"{answer}\n{cut.MARK}\n" for answer in answers]
-    answers[0] += "x1 = 1"
-    answers[1] += "x2 = 3"
-    # a check that the student has softened is replaced by ours
-    softened = "if lessons.answered(2, x2):\n    pass"
-    cells = [answers[0], checks[0], answers[1], softened, answers[2], checks[2]]
-    path = tmp_path / "lesson.ipynb"
-    nbformat.write(notebook_of(start, *cells), path)
-    assert grade.grade(path, solution) == ["right", "wrong", "empty"]
-    assert grade.grade(tmp_path / "nothing.ipynb", solution) == ["-"] * 3
-    nbformat.write(notebook_of(start), path)
-    with pytest.raises(ValueError, match="0 check cells instead of 3"):
-        grade.grade(path, solution)
-
-
 def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
     monkeypatch.delenv("MINI_COOP_STRICT", raising=False)
     assert lessons.answered(1, 0, []) and not lessons.answered(2, 1, None)
@@ -132,13 +109,3 @@ def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
     monkeypatch.setenv("MINI_COOP_STRICT", "1")
     with pytest.raises(AssertionError, match="exercise 2 is empty"):
         lessons.answered(2, None)
-
-
-def test_slides_are_the_figures_of_the_lessons(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINI_COOP_DPI", "90")
-    plot = "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"
-    nbformat.write(notebook_of("print(1)", plot, plot), tmp_path / "one.ipynb")
-    lessons.slides(tmp_path / "slides", [tmp_path / "one.ipynb"])
-    names = ["one_1.png", "one_2.png"]
-    assert sorted(os.listdir(tmp_path / "slides")) == names
-    assert Image.open(tmp_path / "slides/one_1.png").size[0] > 100

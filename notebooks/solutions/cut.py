@@ -1,9 +1,5 @@
-"""Cuts the exercises of every lesson out of its solutions, so that the two cannot drift.
-
-    python notebooks/solutions/cut.py            writes them into the lessons; run those again
-    python notebooks/solutions/cut.py --check    only compares, and fails where a lesson differs
-"""
-
+"""Cuts the exercises of every lesson out of its solutions, so that the two cannot drift."""
+import argparse
 import sys
 from pathlib import Path
 
@@ -39,17 +35,23 @@ def main(check):
         lesson = nbformat.read(lesson_path, 4)
         new = cut(nbformat.read(path, 4))
         old = [i for i, cell in enumerate(lesson.cells) if tagged(cell)]
-        if [lesson.cells[i].source for i in old] != [cell.source for cell in new]:
-            drifted.append(path.name)
-            lesson.cells[old[0] : old[-1] + 1] = new
-            if not check:
-                nbformat.write(lesson, lesson_path)
-    if drifted:
-        what = "differ from their solutions" if check else "cut anew, run them again"
-        print(f"{what}: {', '.join(drifted)}")
+        if [lesson.cells[i].source for i in old] == [cell.source for cell in new]:
+            continue
+        drifted.append(path.name)
+        if check:
+            continue
+        if any(lesson.cells[i].source.partition(MARK)[2].strip() for i in old):
+            sys.exit(f"{lesson_path} has answers below the mark: move it away, or empty them")
+        lesson.cells[old[0] : old[-1] + 1] = new
+        nbformat.write(lesson, lesson_path)
     return drifted
 
 
 if __name__ == "__main__":
-    check = "--check" in sys.argv[1:]
-    sys.exit(bool(main(check)) and check)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare; fail where they differ")
+    args = parser.parse_args()
+    if drifted := main(args.check):
+        what = "differ from their solutions" if args.check else "cut anew, run them again"
+        print(f"{what}: {', '.join(drifted)}")
+        sys.exit(args.check)
