@@ -164,7 +164,7 @@ def template_dots(scores, declared, chance):
         apart = np.linspace(y - 0.28, y + 0.28, len(values))  # equal accuracies stay visible
         ax.plot(values, apart, "o", color=BLUE, mfc="none", ms=6, label=label("a template"))
         ax.plot(declared[task], apart[-1], "*", color="black", ms=11,
-                label=label("the declared template"))
+                label=label("the task's template"))
         ax.plot([chance[task]] * 2, [y - 0.35, y + 0.35], color=ORANGE, lw=2,
                 label=label("guessing"))
     ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(0, 100))
