@@ -21,7 +21,6 @@ MODEL = "mini"
 TASKS = "favicons objects things pixels styles designers actions"
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
-GREEN = "#009E73"
 plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9,
                      "xtick.labelsize": 9, "ytick.labelsize": 9})
 
@@ -37,9 +36,8 @@ def settings():
 
 
 def choose(task):
-    """The embedded task of a lesson, or the first data set of yours."""
-    _, tasks, embedded = settings()
-    return task if embedded else tasks[0]
+    """The built-in task of a lesson, or the first data set of yours."""
+    return task if settings()[2] else settings()[1][0]
 
 
 def kept(task, variant=""):
@@ -78,8 +76,7 @@ def accuracy(scores, labels):
 
 def standard_error(accuracy, n):
     """Of an accuracy (%) on n images, in points: sqrt(p (1 - p) / n)."""
-    p = accuracy / 100
-    return 100 * math.sqrt(p * (1 - p) / n)
+    return math.sqrt(accuracy * (100 - accuracy) / n)
 
 
 def table(rows, columns, width=10, first=30):
@@ -306,21 +303,4 @@ def over_C(C, validation, test, chosen, sizes):
     ax.axvline(chosen, color="gray", linestyle=":", label=f"chosen: C = {chosen:.2g}")
     ax.set(xlabel="C (larger: weaker regularisation)", ylabel="accuracy, %")
     fig.legend(loc="outside right upper")
-    finish(fig)
-
-
-def domain_dots(rows, domains):
-    """A group of points per domain; rows: {method: [(mean, spread) per domain]}."""
-    fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    looks = zip(("black", "#888888", BLUE, ORANGE, GREEN), "*Xso^")
-    for j, ((method, row), (colour, marker)) in enumerate(zip(rows.items(), looks)):
-        at = [i + 0.13 * (j - 2) for i in range(len(domains))]
-        ax.errorbar(at, [m for m, _ in row], [s for _, s in row], fmt=marker, color=colour, ms=8,
-                    capsize=3, label=method)
-    for i in range(1, len(domains)):
-        ax.axvline(i - 0.5, color="lightgray", linewidth=1)
-    ax.set_xticks(range(len(domains)), domains)
-    ax.set_ylabel("accuracy, %")
-    ax.grid(axis="y", alpha=0.3)
-    fig.legend(loc="outside lower center", ncols=3)
     finish(fig)

@@ -1,6 +1,5 @@
 """data/build: names, captions, near-duplicates, splits, the training's parts, the card."""
 
-import json
 import random
 import re
 import sys
@@ -35,16 +34,6 @@ import train  # noqa: E402
 ])
 def test_clean_name(prefix, icon, suffixes, expected):
     assert icons.clean_name(prefix, icon, suffixes) == expected
-
-
-def test_select_keeps_one_size_and_leaves_out_brands_and_skin_tones():
-    others = []  # makes them style words
-    for word in ("ant", "bee", "cat", "dog"):
-        others += [f"{word}-24-filled", f"{word}-24-regular"]
-    sizes = ["add-16-filled", "add-24-filled", "add-20-filled", "add-24-regular"]
-    rows = icons.select("fluent", [*sizes, "logo-github", "acme", "user-1", *others], {"acme"})
-    assert [row[0] for row in rows] == ["add-24-filled", "add-24-regular", "user-1", *others]
-    assert [row[0] for row in icons.select("noto", ["woman", "woman-dark-skin-tone"])] == ["woman"]
 
 
 # ---------------------------------------------------------------- captions
@@ -117,25 +106,6 @@ def test_true_of_by_hand():
     assert sorted(pairs) == sorted(expected)
 
 
-def test_read_tags(tmp_path):
-    """The four forms of files, as their packages publish them."""
-    lucide = {"a-arrow-down": ["letter", "Font Size", "up"], "cat": ["cat", "kitten"]}
-    tabler = {"cat": {"name": "cat", "tags": ["pet", 4, "svg"]},
-              "bell": {"name": "bell", "category": "System"}}
-    emojibase = [{"label": "grinning face", "tags": ["cheerful", "x" * 24]},
-                 {"label": "regional A"}]
-    mdi = [{"name": "cat", "aliases": ["feline"]}, {"name": "Home-Outline", "aliases": ["house"]}]
-    for file, data in zip(captions.TAG_FILES, (lucide, tabler, emojibase, mdi)):
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text(json.dumps(data))
-    assert captions.read_tags(tmp_path) == {
-        "a arrow down": ["font size", "letter"],  # "up" is too short
-        "cat": ["feline", "kitten", "pet"],  # from three files; neither itself nor "svg"
-        "grinning face": ["cheerful"],
-        "home outline": ["house"],
-    }
-
-
 # ---------------------------------------------------------------- drawings
 
 def drawing(seed):
@@ -167,14 +137,6 @@ def test_split_groups_keeps_groups_together():
             assert owner.setdefault(groups[i], name) == name
     assert len(splits["test"]) >= 20 and len(splits["val"]) >= 4 and len(splits["train"]) >= 16
     assert splits == icons.split_groups(groups, sizes, seed=1)
-
-
-def test_the_hash_sees_a_drawing_again():
-    gray = drawing(3)
-    digest = icons.picture_hash(gray)
-    assert digest == icons.picture_hash(gray.copy())
-    assert digest != icons.picture_hash(drawing(4))
-    assert digest == icons.picture_hash(np.asarray(icons.few_colours(gray).convert("L")))
 
 
 # ---------------------------------------------------------------- training
