@@ -22,8 +22,7 @@ D text width, E joint embedding (the width of both features).
     coop = CoOp(model, data.classnames).fit(x, few.train.labels)
     print(coop.score(encode_images(model, preprocess, data.test.images), data.test.labels))
 
-Read from the top: CoOp, its text side, its two rivals; then how CLIP, images and data are read.
-An input is checked only where a mistake would otherwise go unnoticed or be reported obscurely.
+Inputs are checked only where a mistake would otherwise go unnoticed or be reported obscurely.
 """
 import glob
 import hashlib
@@ -31,6 +30,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import warnings
 import zipfile
@@ -87,8 +87,8 @@ class CoOp(torch.nn.Module):
         if class_specific not in (True, False) or class_position not in ("end", "middle", "front"):
             raise ValueError("class_specific is True or False, class_position 'end', 'middle' or "
                              f"'front', not {class_specific!r} and {class_position!r}")
-        if ctx_init is not None and "{}" in ctx_init:
-            raise ValueError(f"ctx_init takes words, not a template: {ctx_init!r}")
+        if ctx_init is not None and set(ctx_init) & set("{}[]%<>"):
+            raise ValueError(f"ctx_init takes words, no place for a name: {ctx_init!r}")
         self.__dict__["clip_model"] = check_clip(model)  # no submodule: `ctx` alone is trained
         self.classnames = check_names(classnames)
         self.class_specific = bool(class_specific)
@@ -225,8 +225,7 @@ class CoOp(torch.nn.Module):
     @classmethod
     def load(cls, path, model, classnames=None):
         """A new CoOp with a saved context, for the CLIP that it was learned with; a unified one
-        also for other class names. Raises ValueError for another program's file, another CLIP, or
-        other classes of a class-specific context."""
+        also for other class names. Raises ValueError for another file, CLIP or list of classes."""
         saved = read_tensors(path)
         if "clip" not in saved:
             raise ValueError(f"{path} was not written by CoOp.save")
@@ -234,7 +233,7 @@ class CoOp(torch.nn.Module):
             raise ValueError(f"{path} was learned with another CLIP: load that one")
         names = saved["classnames"] if classnames is None else classnames
         if saved["class_specific"] and list(names) != saved["classnames"]:
-            raise ValueError(f"{path} is class-specific: only for {saved['classnames']}")
+            raise ValueError(f"{path} is class-specific: only for its own classes, in their order")
         coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], seed=saved["seed"],
                    class_specific=saved["class_specific"], class_position=saved["class_position"])
         coop.load_state_dict(saved["state"])
@@ -245,8 +244,8 @@ class CoOp(torch.nn.Module):
         x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
         E = self.clip_model.text_projection.shape[1]
         if x.ndim not in dims or x.shape[-1] != E or not x.isfinite().all():
-            raise ValueError(f"image features of this CLIP are finite and (N, {E}), for `fit` also "
-                             f"(N, views, {E}), not {tuple(x.shape)}")
+            raise ValueError(f"image features of this CLIP are (N, {E}), for `fit` also (N, views, "
+                             f"{E}), all finite; not {tuple(x.shape)}, {x.isfinite().sum()} finite")
         return x
 
     def _labels(self, labels, N):
@@ -297,7 +296,7 @@ def check_names(classnames):
     """Class names as a list; warns of those that CLIP cannot tell apart."""
     names = list(classnames)
     are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
-    if isinstance(classnames, (str, dict, set)) or not are_texts:
+    if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
     names = [str(name) for name in names]  # NumPy's strings could not be loaded again
     groups = {}  # token ids -> the names that have them
@@ -367,11 +366,9 @@ def encode_rows(model, ctx, tokens, position, visible):
 
 
 def encode_prompts(model, packed, ctx=None, part_tokens=6400):
-    """Unit-norm text features (K, E), float32, of packed prompts.
-
-    Above `part_tokens` tokens in all, rows are encoded in parts, and each part again in the
-    backward pass: less memory for one more forward pass. On GPUs that support bfloat16 the frozen
-    encoder runs in it, in training and prediction alike."""
+    """Unit-norm text features (K, E), float32, of packed prompts. Above `part_tokens` tokens in
+    all, rows are encoded in parts, and each part again in the backward pass: less memory for one
+    more forward pass. On GPUs with bfloat16 the frozen encoder always runs in it."""
     device = model.text_projection.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     rows_per_part = max(1, part_tokens // packed[0].shape[1])
@@ -459,11 +456,13 @@ def load_clip(name="mini", device=None):
         if name == "mini" and hashlib.sha256(path.read_bytes()).hexdigest() != MINI_SHA256:
             raise ValueError(f"{path} is damaged: `git checkout data` restores it")
         state = read_tensors(path)
-        if "visual.proj" not in state and "visual.attnpool.k_proj.weight" not in state:
+        if not {"visual.proj", "visual.attnpool.k_proj.weight"} & set(state):
             raise ValueError(f"{path} is no state dict of OpenAI's CLIP: it begins with "
                              f"{', '.join(map(str, list(state)[:3]))}")
         model = clip.model.build_model(dict(state)).float()
         model.load_state_dict(state, strict=False)  # again, as build_model rounds to float16
+    if not all(x.isfinite().all() for x in model.state_dict().values()):
+        raise ValueError(f"CLIP {name}: some weights are NaN or infinite")
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return model, clip.clip._transform(model.visual.input_resolution)
 
@@ -473,7 +472,7 @@ def read_tensors(path):
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # torch's own words would advise to switch the protection off
-        raise ValueError(f"{path} is no file of plain tensors: {type(error).__name__}. (OpenAI's "
+        raise ValueError(f"{path} is no dict of plain tensors: {type(error).__name__}. (OpenAI's "
                          "archives are opened by name, such as 'RN50'.)") from None
 
 
@@ -507,7 +506,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     ValueError with a list of the images that cannot be read.
     """
     check_clip(model)
-    images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    images = list(images)
     if not images:
         raise ValueError("no images to encode")
     unreadable = []
@@ -526,7 +525,9 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 
     device = model.text_projection.device
     model.eval()  # in training mode a ResNet would mix the images of a batch
-    workers = None if views == 1 else 1  # one worker draws its crops in a fixed order
+    # one worker draws crops in a fixed order, and does not decode a PIL image twice at once
+    lazy = any(isinstance(image, Image.Image) for image in images)
+    workers = 1 if views > 1 or lazy else None
     size = max(1, batch_size // views)
     starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=not progress)
     features = []
@@ -547,7 +548,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 # ---------------------------------------- data sets
 
 SPLITS = ("train", "val", "test")
-NO_CLASS = (*SPLITS, "training", "valid", "validation", "testing", "images", "labels", "masks")
+ROLES = set("train training val valid validation test testing set image images img input inputs "
+            "mask masks label labels annotations gt target targets".split())  # of no class
 
 
 class Split(NamedTuple):
@@ -579,6 +581,8 @@ def load_dataset(name, template=None):
     files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]  # of one name, ours
     known = {file.parent.name: file.parent for file in files}
     folder = known.get(name, Path(name).expanduser())  # a Path, or "./objects": a folder of yours
+    if name in known and Path(name).is_dir():
+        warnings.warn(f"{name}: the folder here is not read; write './{name}'", stacklevel=2)
     if not folder.is_dir():
         raise ValueError(f"no data set {str(name)!r}: neither a folder nor one of {sorted(known)} "
                          f"in {DATA} and {LAB}")
@@ -596,7 +600,7 @@ def read_json(folder):
     file = folder / "dataset.json"
     try:
         spec = json.loads(file.read_text(encoding="utf-8"))
-        names = spec["classnames"]
+        names = check_names(spec["classnames"])
         root = folder / spec.get("images", ".")
         root = zipfile.Path(root) if root.is_file() else root
         parts = {}
@@ -616,10 +620,12 @@ def read_folders(root):
     """<root>/<class>/*.jpg, or the same below train/, val/ and test/ -> Dataset."""
     # glob leaves hidden files out and follows links
     found = sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
-    found = [path for path in found if not (root / path).is_dir()]
     images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    if others := sorted(set(found) - set(images)):
-        warnings.warn(f"{root}: {len(others)} files are no images, first {others[0]}", stacklevel=3)
+    images = [path for path in images if not (root / path).is_dir()]
+    used = set(images).union(*[path.parents for path in images])
+    if others := [str(path) for path in found if path not in used]:
+        warnings.warn(f"{root}: not read, as no {', '.join(FORMATS)}: {', '.join(others)[:200]}",
+                      stacklevel=3)
     in_splits = any(path.parts[0] in SPLITS and len(path.parts) == 3 for path in images)
     depth = 3 if in_splits else 2  # of train/cat/1.jpg, of cat/1.jpg
     odd = []  # images at another depth
@@ -630,7 +636,8 @@ def read_folders(root):
             odd.append(path)
     names = sorted(members)
     # train/1.jpg, test2/1.jpg or images/1.jpg, masks/1.png: there are no class folders
-    no_classes = all(name.lower().rstrip("0123456789_- ") in NO_CLASS for name in names)
+    words = [set(re.findall("[a-z]+", name.lower())) for name in names]
+    no_classes = all(own and own <= ROLES for own in words) or "test" in names
     if odd or no_classes or len(names) < 2:
         raise ValueError(f"{root}: expected <class>/*.jpg for two classes or more, all of them or "
                          "none below train/, val/ and test/, but found "
@@ -651,9 +658,8 @@ def read_folders(root):
 
 def few_shot(data, shots, seed):
     """The published few-shot sample: a Dataset with `shots` training images per class, and
-    min(shots, 4) validation images, which the linear probe needs; test sets are unchanged. A class
-    with fewer gives all it has, with a warning. On the paper's splits, seeds 1, 2 and 3 reproduce
-    its samples."""
+    min(shots, 4) validation images for the linear probe. A class with fewer gives all it has, with
+    a warning. On the paper's splits, seeds 1, 2 and 3 reproduce its samples."""
     if shots < 1:
         raise ValueError(f"shots begin at 1, not {shots}")
     rng = random.Random(int(seed))

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -54,9 +55,10 @@ def identity(model, data, args):
     for split in (data.train, data.val, data.test, *data.domains.values()):
         images.append(split.labels)
         for image in split.images:
-            inside = isinstance(image, zipfile.Path)
-            size = image.root.getinfo(image.at).CRC if inside else image.stat().st_size
-            images.append((image.name, size))
+            if isinstance(image, zipfile.Path):
+                images.append((image.name, image.root.getinfo(image.at).CRC))
+            else:
+                images.append((image.name, image.stat().st_size, image.stat().st_mtime_ns))
     weights = mini_coop.fingerprint(model).tolist()
     keys = ("model", "n_ctx", "class_position", "ctx_init", "epochs", "views")
     return {**{key: getattr(args, key) for key in keys}, "template": data.template,
@@ -159,11 +161,8 @@ def run_grid(model, preprocess, data, folder, args):
         for seed in sorted(set(args.seeds)):
             samples[shots, seed] = mini_coop.few_shot(data, shots, seed)
             wanted += [(method, shots, seed) for method in methods]
-
-    def new_coop(seed, class_specific=False):
-        return mini_coop.CoOp(model, data.classnames, args.n_ctx, class_specific,
-                              args.class_position, args.ctx_init, seed)
-
+    new_coop = partial(mini_coop.CoOp, model, data.classnames, args.n_ctx,
+                       class_position=args.class_position, ctx_init=args.ctx_init)
     if todo := [run for run in wanted if run not in done]:
         # the images of all samples, whatever is finished: so a resumed run draws the same views
         train = sum([sample.train.images for sample in samples.values()], [])
@@ -173,14 +172,14 @@ def run_grid(model, preprocess, data, folder, args):
         tests = encode_tests(model, preprocess, data)
         settings = {**vars(args), **same, "dataset": data.name, "out": str(args.out),
                     "threads": torch.get_num_threads(), "torch": torch.__version__}
-        untrained = map(new_coop, sorted(set(args.seeds)))
+        untrained = [new_coop(seed=seed) for seed in (1, 2, 3)]
         result = {"settings": settings, **before_training(model, data, tests, untrained)}
     for method, shots, seed in tqdm(todo, data.name, ncols=79, disable=not todo):
         few = samples[shots, seed]
         if method == "linear probe":
             scores = probe_scores(few, features, len(data.classnames))
         else:
-            coop = new_coop(seed, method == "CoOp class-specific")
+            coop = new_coop(seed=seed, class_specific=method == "CoOp class-specific")
             epochs = 50 if args.epochs is None and data.name == "imagenet" else args.epochs
             coop.fit(*gather(few.train, views), epochs, progress=False)
             coop.save(folder / f"{method.replace(' ', '_')}_{shots}_shots_seed_{seed}.pt")
@@ -282,7 +281,7 @@ def over_shots(results, methods=METHODS):
         ax = fig.add_subplot(rows, columns, i + 1)
         ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
         if "untrained" in result:  # which the paper did not measure
-            ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", label="untrained context")
+            ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8, label="untrained")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
         few = result["few_shot"]
@@ -309,9 +308,10 @@ def one(model, preprocess, data, args):
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} needs training and test images")
     names = [name.replace("_", " ") for name in data.classnames]
-    first, last = [data.template.replace("{}", name) for name in (names[0], names[-1])]
-    print(f'\n{data.name}: {len(names)} classes, with prompts such as "{first}" "{last}"')
-    codes = [name for name in names if not re.search(r"[^\W\d_]{2}", name)]
+    print(f"\n{data.name}: {len(names)} classes, prompts such as")
+    for name in (names[0], names[-1]):
+        print(f'  "{data.template.replace("{}", name)}"')
+    codes = [n for n in names if not re.search(r"[^\W\d_]{2}", n) or re.search(r"\d{5}", n)]
     if 2 * len(codes) > len(names):
         warnings.warn(f"CLIP cannot read class names such as {codes[0]!r}: rename the folders")
     if not data.val.images:

@@ -1,4 +1,5 @@
 """load_clip: checkpoints of every kind, and what it refuses."""
+import copy
 import hashlib
 import io
 import os
@@ -80,6 +81,14 @@ def test_load_clip_keeps_fp32_weights_to_the_bit(tiny, tmp_path):
     torch.save(tiny[0].state_dict(), tmp_path / "fp32.pt")
     loaded = load_clip(tmp_path / "fp32.pt", "cpu")[0].state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in tiny[0].state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_damage(tiny, tmp_path):
+    state = copy.deepcopy(tiny[0].state_dict())
+    state["visual.bn1.running_var"][0] = float("inf")
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_clip(tmp_path / "clip.pt", "cpu")
 
 
 def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):

@@ -270,7 +270,7 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
     with open("pickle.pt", "wb") as file:
         pickle.dump(Malicious(), file)
     for name in ("ctx.pt", "code.pt", "pickle.pt"):
-        with pytest.raises(ValueError, match="plain tensors") as error:
+        with pytest.raises(ValueError, match="dict of plain tensors") as error:
             CoOp.load(name, tiny[0])
         assert "weights_only" not in str(error.value)  # no advice to switch the protection off
     assert not (tmp_path / "pwned").exists()  # the code did not run
@@ -286,7 +286,8 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
     (["cat"], {}, "two classes"),
     (["cat", "dog"], {"n_ctx": 0}, "one vector or more"),
     (["cat", "dog"], {"ctx_init": " "}, "one vector or more"),
-    (["cat", "dog"], {"ctx_init": "a photo of a {}."}, "not a template"),
+    (["cat", "dog"], {"ctx_init": "a photo of a {}."}, "no place for a name"),
+    (["cat", "dog"], {"ctx_init": "a photo of a [CLASS]."}, "no place for a name"),
     (["cat", "dog"], {"class_specific": "no"}, "not 'no'"),
     (["cat", "dog"], {"class_position": "start"}, "not .* 'start'"),
     (["cat", "very " * 70 + "long"], {}, "very long.*90 tokens, but CLIP reads 77"),
@@ -316,7 +317,7 @@ NAN = torch.full((8, 32), math.nan)
 @pytest.mark.parametrize("change, message", [
     (lambda x, y: (x[:, :16], y), r"\(N, 32\).*not \(8, 16\)"),
     (lambda x, y: (x[0], y), r"\(N, 32\)"),
-    (lambda x, y: (NAN, y), "finite"),
+    (lambda x, y: (NAN, y), "0 finite"),
     (lambda x, y: (x, torch.where(y == 2, 4, y)), "label 4, but 4 classes"),
     (lambda x, y: (x, y - 1), "label -1"),
     (lambda x, y: (x, y[:5]), "8 integers"),

@@ -108,7 +108,8 @@ def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
     assert load_dataset(odd).classnames == ["Löwe", "a [b]", "link", "猫"]
     monkeypatch.chdir(tree(tmp_path, "actions/cat", "actions/dog"))
     assert load_dataset("./actions").classnames == ["cat", "dog"]  # a path is no name
-    assert len(load_dataset("actions").classnames) == 11
+    with pytest.warns(UserWarning, match="folder here is not read; write './actions'"):
+        assert len(load_dataset("actions").classnames) == 11
 
 
 @pytest.mark.parametrize("folders, found", [
@@ -118,7 +119,9 @@ def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
     (["Train/cat", "Train/dog", "Test/cat"], "Test/cat/0.png"),
     (["train/cat", "train/dog", "test"], "test/0.png"),  # test images without labels
     (["train2017", "val2017"], "train2017, val2017"),  # COCO
-    (["images", "masks"], "images, masks"),  # a segmentation set
+    (["image", "gt"], "gt, image"),  # a segmentation set
+    (["train", "train_labels", "val", "val_labels"], "train, train_labels, val"),  # CamVid
+    (["cat", "dog", "test"], "cat, dog, test"),  # a flat test set beside the classes
     (["train/images", "valid/images"], "valid/images/0.png"),  # YOLO
     (["train/n01/images", "train/n02/images"], "train/n01/images/0.png"),  # Tiny ImageNet
     (["photos/cat", "photos/dog"], "photos/cat/0.png"),  # a folder too far up
@@ -141,9 +144,11 @@ def test_what_is_missing_in_a_folder_is_said(tmp_path):
         load_dataset(tmp_path)
     tree(tmp_path, "train/fox")
     (tmp_path / "train/dog/photo.heic").write_bytes(b"another format")
-    with pytest.warns(UserWarning, match="1 files are no images, first train/dog/photo.heic"):
+    (tmp_path / "train/owl").mkdir()
+    with pytest.warns(UserWarning, match="not read, as no .*: train/dog/photo.heic, train/owl$"):
         load_dataset(tmp_path)
     (tmp_path / "train/dog/photo.heic").unlink()
+    (tmp_path / "train/owl").rmdir()
     (tmp_path / "train/cat/gone.png").symlink_to("/nowhere/gone.png")
     assert tmp_path / "train/cat/gone.png" in load_dataset(tmp_path).train.images  # an error later
 
@@ -170,10 +175,10 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path, images):
 
 
 @pytest.mark.parametrize("change", [
-    {"classnames": None}, {"classnames": ["x"]}, {"splits": None}, {"splits": {"validation": []}},
-    {"domains": {"test": []}}, {"domains": {"val": []}}, {"splits": {"train": [["a.png", "0"]]}},
-    {"splits": {"train": [["a.png", -1]]}}, {"splits": {"train": ["a.png"]}},
-    {"images": "dataset.json"},
+    {"classnames": None}, {"classnames": "xy"}, {"classnames": ["x"]}, {"splits": None},
+    {"splits": {"validation": []}}, {"domains": {"test": []}}, {"domains": {"val": []}},
+    {"splits": {"train": [["a.png", "0"]]}}, {"splits": {"train": [["a.png", -1]]}},
+    {"splits": {"train": ["a.png"]}}, {"images": "dataset.json"},
 ])
 def test_a_dataset_json_of_another_form(tmp_path, change):
     (tmp_path / "dataset.json").write_text(json.dumps(SPEC | change))
@@ -241,8 +246,10 @@ def test_encode_images(tiny, tmp_path):
     features = encode_images(*tiny, images, batch_size=2, progress=False)
     own = tiny[0].encode_image(torch.stack([tiny[1](image) for image in images]))
     assert torch.allclose(features, own, atol=1e-5) and features.dtype == torch.float32
-    for one in (tmp_path / "0.png", str(tmp_path / "0.png")):
-        assert torch.allclose(encode_images(*tiny, one, progress=False)[0], features[0], atol=1e-5)
+    file = tmp_path / "0.png"
+    for image in (file, str(file), Image.open(file)):  # which is not read twice at once
+        x = encode_images(*tiny, [image] * 9, progress=False)
+        assert torch.allclose(x, features[:1].expand(9, -1), atol=1e-5)
     training = copy.deepcopy(tiny[0]).train()  # batch norm would mix the images
     features = encode_images(training, tiny[1], images, progress=False)
     assert torch.allclose(features, own, atol=1e-5)

@@ -59,9 +59,9 @@ def test_main_job(tmp_path, capsys, monkeypatch):
         for rows in by_shots.values():
             assert [row["seed"] for row in rows] == [1, 2]
             assert all(0 <= row["test"] <= 100 for row in rows)
-    assert result["template"] in result["zero_shot"] and len(result["untrained"]) == 2
+    assert result["template"] in result["zero_shot"] and len(result["untrained"]) == 3
     for said in ("torch ", "CLIP mini on cpu", "mean ± standard deviation",
-                 '"outline style." "hand-drawn style."'):
+                 '  "outline style."\n  "hand-drawn style."'):
         assert said in out, said
     assert max(map(len, out.splitlines())) <= 80
     folder = Path("runs/mini_styles")
@@ -87,7 +87,7 @@ def test_the_probe_learns_from_features_as_they_come(tmp_path, monkeypatch, mini
 
 
 def test_zero_epochs_are_untrained_contexts(tmp_path):
-    result = run(tmp_path, "--shots", 1, "--seeds", 1, 2, "--epochs", 0)
+    result = run(tmp_path, "--shots", 1, "--epochs", 0)
     trained = [row["test"] for row in result["few_shot"]["CoOp unified"]["1"]]
     assert trained == [row["test"] for row in result["untrained"]]
 
@@ -110,7 +110,7 @@ def test_a_folder_of_your_own(tmp_path, capsys):
     """Views, a template, names that CLIP cannot read, no validation images, one seed."""
     root = tmp_path / "cash_$5_to_$10^"
     for part in ("train", "test"):
-        photos(root / part, ("n02085620", "n02085782"))
+        photos(root / part, ("n02085620", "n02085782-pug"))
     with pytest.warns(UserWarning, match="cannot read class names such as 'n02085620'"):
         result = run(tmp_path / "out", "--shots", 4, "--seeds", 1, "--views", 2, "--template",
                      "a picture of {}.", dataset=root)
@@ -216,7 +216,7 @@ def test_other_settings_images_names_or_weights_are_one_error(tmp_path, monkeypa
     (root / "blue").rename(root / "azure")
     refused("class names")
     (root / "azure").rename(root / "blue")
-    Image.effect_noise((70, 64), 90).convert("RGB").save(root / "blue/0.png")
+    os.utime(root / "blue/0.png", (1, 1))
     refused("images")
 
 
