@@ -74,8 +74,7 @@ class CoOp(torch.nn.Module):
     class, ctx (K, M, D), instead of a unified one, (M, D). class_position: "end", "middle" (the
     smaller half of an odd M stands before the name) or "front". ctx_init: words to start from ("a
     photo of a"), one vector per token; n_ctx is then ignored. Without words, the vectors are drawn
-    from N(0, 0.02^2) with `seed`, which also shuffles in `fit`. Raises ValueError for a wrong
-    option and for a prompt that is too long for CLIP.
+    from N(0, 0.02^2) with `seed`, which also shuffles in `fit`. Raises ValueError for wrong values.
 
     For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
     context, say one shifted by an image's feature. `fit` trains every parameter of the subclass.
@@ -102,7 +101,7 @@ class CoOp(torch.nn.Module):
         if K < 2 or M < 1:
             raise ValueError(f"CoOp needs two classes and one vector or more, not {K} and {M}")
 
-        # the context: embeddings of words, or small random vectors
+        # the context: words' embeddings or random vectors
         shape = (K, M, D) if class_specific else (M, D)
         if words is None:
             ctx = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
@@ -121,7 +120,7 @@ class CoOp(torch.nn.Module):
             # (animal).": split at the length of the bare name, as the published code does
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
-        self.packed = pack(model, prompts)  # see "the text side"
+        self.packed = pack(model, prompts)
 
     def text_features(self, ctx=None):
         """Unit-norm features (K, E) of the prompts, with `ctx` or another context of its shape."""
@@ -143,8 +142,7 @@ class CoOp(torch.nn.Module):
         return F.cross_entropy(logits, labels)
 
     def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
-        """Learns the context by the paper's recipe (section 4.1), starting from the current one;
-        returns self.
+        """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
         labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). A last,
@@ -217,7 +215,7 @@ class CoOp(torch.nn.Module):
         return [words_of(ctx) for ctx in self.ctx] if self.class_specific else words_of(self.ctx)
 
     def save(self, path):
-        """Writes what was learned and its settings; not CLIP."""
+        """Writes what was learned, without CLIP."""
         torch.save({"state": self.state_dict(), "classnames": self.classnames, "seed": self.seed,
                     "class_specific": self.class_specific, "class_position": self.class_position,
                     "clip": fingerprint(self.clip_model)}, path)
@@ -276,9 +274,8 @@ def n_epochs(shots):
 # ---------------------------------------- the text side
 
 # The text transformer is causal: a token sees only what stands before it. So the tokens that all
-# prompts share at their start, the trunk, have the same outputs in each and are computed once (of
-# class-specific contexts it is SOS alone). Nothing after an EOT counts, so there is no padding to
-# 77 tokens. A row begins with the trunk; the rest of every prompt hangs behind it:
+# prompts share at their start, the trunk, have the same outputs in each and are computed once;
+# nothing after an EOT counts. A row begins with the trunk; the rest of every prompt hangs behind:
 #
 #     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
 #     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
@@ -398,7 +395,7 @@ def zero_shot_weights(model, classnames, templates):
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name")
-        texts = [template.replace("{}", name) for name in names]
+        texts = [template.replace("{}", n) for n in names]
         prompts = [[SOS, *token_ids(text), EOT] for text in texts]
         total = total + encode_prompts(model, pack(model, prompts))
     return F.normalize(total, dim=-1)
@@ -408,8 +405,7 @@ def linear_probe(train, train_labels, val, val_labels):
     """The paper's baseline: scikit-learn's logistic regression on image features (N, E).
 
     C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that each keep
-    the half of the range (in log space) beside its better end; as published, the coarse best itself
-    is not tried again. Returns the last step's LogisticRegression, which takes NumPy features.
+    the half of the range (in log space) beside its better end. Returns scikit-learn's object.
     """
     given = (train, train_labels, val, val_labels)
     x, y, x_val, y_val = [torch.as_tensor(values).cpu().numpy() for values in given]
@@ -501,9 +497,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     """CLIP's image features (N, E), not normalised, float32, on the model's device.
 
     images: paths or PIL images. views=1 uses `preprocess`, the test transform; views=A > 1 gives
-    (N, A, E), of random crops and flips (the paper's augmentation), drawn once with `seed`: the
-    encoder is frozen, so training can pick among A views. batch_size: views at a time. Raises
-    ValueError with a list of the images that cannot be read.
+    (N, A, E), of random crops and flips (the paper's augmentation), drawn once with `seed`, among
+    which `fit` picks. batch_size: views at a time. Raises ValueError with all unreadable images.
     """
     check_clip(model)
     images = list(images)
@@ -525,9 +520,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 
     device = model.text_projection.device
     model.eval()  # in training mode a ResNet would mix the images of a batch
-    # one worker draws crops in a fixed order, and does not decode a PIL image twice at once
     lazy = any(isinstance(image, Image.Image) for image in images)
-    workers = 1 if views > 1 or lazy else None
+    workers = 1 if views > 1 or lazy else None  # crops in order, no PIL image twice at once
     size = max(1, batch_size // views)
     starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=not progress)
     features = []

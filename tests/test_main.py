@@ -306,10 +306,6 @@ def test_the_figure_takes_methods_and_shots_as_they_are(tmp_path):
 
 # ---------------------------------------------------------------- the project's files
 
-def test_every_public_name_is_documented():
-    assert all(getattr(mini_coop, name).__doc__ for name in mini_coop.__all__)
-
-
 def test_environment_and_pyproject_name_the_same_packages():
     project = (ROOT / "pyproject.toml").read_text()
     wanted = {"clip"}

@@ -1,7 +1,4 @@
-"""The notebooks: house rules, exercises, a run of each with another CLIP on another data set.
-
-nbval runs them as they are.
-"""
+"""The notebooks beside nbval: house rules, exercises, a run with another CLIP and data set."""
 
 import os
 import sys
@@ -91,15 +88,12 @@ def another(tmp_path_factory, tiny):
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
-    """No cell assumes the embedded tasks: everything runs.
-
-    Claims that hold for the embedded tasks alone are skipped.
-    """
+    """No cell assumes the built-in tasks, and none leaves anything behind."""
     for name, value in another.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, 4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert os.listdir(tmp_path) == []  # and it leaves nothing behind
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
