@@ -88,7 +88,7 @@ class CoOp(torch.nn.Module):
                              f"'front', not {class_specific!r} and {class_position!r}")
         if ctx_init is not None and set(ctx_init) & set("{}[]%<>"):
             raise ValueError(f"ctx_init takes words, no place for a name: {ctx_init!r}")
-        self.__dict__["clip_model"] = check_clip(model)  # no submodule: `ctx` alone is trained
+        self.__dict__["clip_model"] = check_clip(model)  # no submodule: not trained or moved
         self.classnames = check_names(classnames)
         self.class_specific = bool(class_specific)
         self.class_position = class_position
@@ -116,8 +116,8 @@ class CoOp(torch.nn.Module):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = token_ids(f"{name}.")
-            # tokens[n:] is the period, unless it merges with the name's last token, as in "bat
-            # (animal).": split at the length of the bare name, as the published code does
+            # tokens[n:] is the period, or nothing if it merged with the name's last token, as in
+            # "bat (animal).": n counts the bare name, as in the published code
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
         self.packed = pack(model, prompts)
@@ -130,14 +130,14 @@ class CoOp(torch.nn.Module):
         return encode_prompts(self.clip_model, self.packed, ctx)
 
     def forward(self, image_features, text_features=None):
-        """Logits (B, K) of image features (B, E): the exponents of equation 1, cosines times
-        exp(logit_scale), CLIP's frozen 1 / temperature. text_features: (K, E), if at hand."""
+        """Logits (B, K) of image features (B, E): cosines times exp(logit_scale), CLIP's frozen
+        1 / temperature; their softmax is equation 1. text_features: (K, E), if at hand."""
         text_features = self.text_features() if text_features is None else text_features
         cosines = F.normalize(image_features, dim=-1) @ text_features.T
         return self.clip_model.logit_scale.exp() * cosines
 
     def loss(self, logits, labels, text_features):
-        """The training loss: cross-entropy, minus the log of equation 1 at the labels. A method of
+        """The training loss: cross-entropy, the mean of -log p(label) by equation 1. A method of
         your own may also use the text features (K, E), for instance to regularise them."""
         return F.cross_entropy(logits, labels)
 
@@ -145,9 +145,9 @@ class CoOp(torch.nn.Module):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
-        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). A last,
-        incomplete batch is dropped, of other images in each epoch. `history_` holds loss, training
-        accuracy (%) and lr of every epoch. Raises RuntimeError if the training diverges.
+        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). An
+        incomplete last batch is dropped; its images differ by epoch. `history_` holds the loss,
+        training accuracy (%) and lr of every epoch. Raises RuntimeError if the training diverges.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
@@ -222,8 +222,8 @@ class CoOp(torch.nn.Module):
 
     @classmethod
     def load(cls, path, model, classnames=None):
-        """A new CoOp with a saved context, for the CLIP that it was learned with; a unified one
-        also for other class names. Raises ValueError for another file, CLIP or list of classes."""
+        """A new CoOp with a saved context, on the CLIP that it was learned with; a unified context
+        also takes other class names. Raises ValueError for another file, CLIP or list of names."""
         saved = read_tensors(path)
         if "clip" not in saved:
             raise ValueError(f"{path} was not written by CoOp.save")
@@ -253,7 +253,7 @@ class CoOp(torch.nn.Module):
             raise ValueError(f"labels are {N} integers, one per image, not {y.shape} {y.dtype}")
         K = len(self.classnames)
         if outside := set(y.tolist()) - set(range(K)):
-            raise ValueError(f"label {min(outside)}, but {K} classes, counted from 0")
+            raise ValueError(f"label {min(outside)} is outside 0 to {K - 1}")
         return torch.as_tensor(y.astype(np.int64), device=self.ctx.device)
 
 
@@ -295,7 +295,7 @@ def check_names(classnames):
     are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
     if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
-    names = [str(name) for name in names]  # NumPy's strings could not be loaded again
+    names = [str(name) for name in names]  # `load` would refuse NumPy's strings
     groups = {}  # token ids -> the names that have them
     for name in names:
         groups.setdefault(tuple(token_ids(name)), []).append(name)
@@ -323,7 +323,7 @@ def pack(model, prompts, row_tokens=None):
                          "shorten name, context or template")
     # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    # timed on CPUs: short rows cost less attention, long ones repeat the trunk less often
+    # 72 and 8 were timed on CPUs: short rows cost less attention, long ones repeat fewer trunks
     row_tokens = row_tokens or 72 + 8 * P
     n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
     per_row = math.ceil(K / n_rows)
@@ -333,7 +333,7 @@ def pack(model, prompts, row_tokens=None):
         for k in range(start, min(start + per_row, K)):
             row += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
         rows.append(torch.tensor(row, device=model.text_projection.device))
-    # zeros pad short rows at the end: tril() hides them from every real token
+    # zeros pad short rows at the end, owner 0 too: tril() hides them from every real token
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
     visible[:, :, :P] = True  # and the trunk
@@ -345,7 +345,7 @@ def encode_rows(model, ctx, tokens, position, visible):
 
     ctx: (M, D) or (K, M, D); the id CONTEXT + i stands for row i of ctx.flatten(0, -2). None: the
     prompts hold no such ids. The blocks are CLIP's own, with our mask."""
-    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); at context ids overwritten below
+    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); context ids are set below
     if ctx is not None:
         learned = tokens >= CONTEXT
         x[learned] = ctx.flatten(0, -2)[tokens[learned] - CONTEXT]
@@ -364,8 +364,8 @@ def encode_rows(model, ctx, tokens, position, visible):
 
 def encode_prompts(model, packed, ctx=None, part_tokens=6400):
     """Unit-norm text features (K, E), float32, of packed prompts. Above `part_tokens` tokens in
-    all, rows are encoded in parts, and each part again in the backward pass: less memory for one
-    more forward pass. On GPUs with bfloat16 the frozen encoder always runs in it."""
+    all, rows are encoded in parts, each recomputed in the backward pass: less memory for one more
+    forward pass. On GPUs with bfloat16 the frozen encoder always runs in it."""
     device = model.text_projection.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     rows_per_part = max(1, part_tokens // packed[0].shape[1])
@@ -446,7 +446,7 @@ def load_clip(name="mini", device=None):
         model, _ = clip.load(name, "cpu", download_root=None if LAB == DATA else LAB / "clip")
     else:
         path = DATA / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
-        if not path.is_file():
+        if name != "mini" and not path.is_file():
             raise ValueError(f"no CLIP called {name!r}: neither 'mini', nor one of "
                              f"{', '.join(clip.available_models())}, nor a file")
         if name == "mini" and hashlib.sha256(path.read_bytes()).hexdigest() != MINI_SHA256:
@@ -467,19 +467,19 @@ def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code from a file is run."""
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
-    except Exception as error:  # torch's own words would advise to switch the protection off
-        raise ValueError(f"{path} is no dict of plain tensors: {type(error).__name__}. (OpenAI's "
-                         "archives are opened by name, such as 'RN50'.)") from None
+    except Exception as error:  # torch's own message advises switching the protection off
+        raise ValueError(f"cannot read {path} as a dict of plain tensors: {type(error).__name__}. "
+                         "(OpenAI's archives are opened by name, such as 'RN50'.)") from None
 
 
 def fingerprint(model):
-    """The first number of each of a CLIP's tensors, by which a context knows its CLIP again."""
+    """The first number of each of a CLIP's tensors, by which a context recognises its CLIP."""
     return torch.stack([x.flatten()[0].float().cpu() for x in model.state_dict().values()])
 
 
 def open_image(source):
     """A path, also into an archive (zipfile.Path), or a PIL image -> an RGB image, upright by its
-    EXIF tag, transparent parts white. Raises ValueError for 16-bit and float images."""
+    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images."""
     if isinstance(source, zipfile.Path):
         source = source.open("rb")
     image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
@@ -496,14 +496,14 @@ def open_image(source):
 def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, progress=True):
     """CLIP's image features (N, E), not normalised, float32, on the model's device.
 
-    images: paths or PIL images. views=1 uses `preprocess`, the test transform; views=A > 1 gives
-    (N, A, E), of random crops and flips (the paper's augmentation), drawn once with `seed`, among
-    which `fit` picks. batch_size: views at a time. Raises ValueError with all unreadable images.
+    images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform; views=A >
+    1 gives (N, A, E), of random crops and flips (the paper's augmentation), drawn once by `seed`;
+    `fit` picks among them. batch_size: views at a time. ValueError lists all unreadable images.
     """
     check_clip(model)
     images = list(images)
-    if not images:
-        raise ValueError("no images to encode")
+    if not images or views < 1:
+        raise ValueError("no images to encode, or no views")
     unreadable = []
     if views > 1:
         n_px = model.visual.input_resolution
@@ -572,7 +572,7 @@ def load_dataset(name, template=None):
     dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in place of
     the data set's own. Raises ValueError for an unknown name and for any other form.
     """
-    files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]  # of one name, ours
+    files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]  # the last one wins
     known = {file.parent.name: file.parent for file in files}
     folder = known.get(name, Path(name).expanduser())  # a Path, or "./objects": a folder of yours
     if name in known and Path(name).is_dir():
@@ -584,7 +584,7 @@ def load_dataset(name, template=None):
     for part, split in (("training", data.train), ("test", data.test)):
         if absent := set(range(len(data.classnames))) - set(split.labels):
             names = [data.classnames[k] for k in sorted(absent)[:5]]
-            warnings.warn(f"{name}: no {part} images of {len(absent)} classes, first {names}",
+            warnings.warn(f"{name}: no {part} images of {len(absent)} classes, such as {names}",
                           stacklevel=2)
     return data if template is None else data._replace(template=template)
 
@@ -626,10 +626,10 @@ def read_folders(root):
     members = {}  # class name -> its images
     for path in images:
         members.setdefault(path.parent.name, []).append(path)
-        if len(path.parts) != depth or in_splits and path.parts[0] not in SPLITS:
+        if len(path.parts) != depth or (in_splits and path.parts[0] not in SPLITS):
             odd.append(path)
     names = sorted(members)
-    # train/1.jpg, test2/1.jpg or images/1.jpg, masks/1.png: there are no class folders
+    # only train/, test2/ or images/, masks/ above the images: class folders are missing
     words = [set(re.findall("[a-z]+", name.lower())) for name in names]
     no_classes = all(own and own <= ROLES for own in words) or "test" in names
     if odd or no_classes or len(names) < 2:

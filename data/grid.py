@@ -3,7 +3,7 @@
 For each data set, <out>/<model>_<data set>/ gets results.json, figure.png and the learned contexts.
 results.json is written after every run (a method, a number of shots, a seed), so the same command
 resumes after an interruption. Its rows are {split: accuracy in %}: "zero_shot" has one for each
-template, "untrained" one for each seed, "few_shot" one for each method, shots and seed.
+template, "untrained" of three contexts, "few_shot" one for each method, shots and seed.
 """
 import argparse
 import hashlib
@@ -36,21 +36,21 @@ def arguments(argv):
     add("--model", default="mini", help="mini, a name of clip.available_models(), or a checkpoint")
     add("--dataset", nargs="+", default=["favicons"], help="names under data/, or folders")
     add("--template", help="in place of the data set's own, such as 'a photo of a {}.'")
-    add("--shots", nargs="+", type=int, default=[1, 4], help="labelled images per class: 1 4")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of samples and contexts: 1 2 3")
-    add("--n-ctx", type=int, default=16, help="context vectors: 16")
-    add("--class-specific", choices=["yes", "no", "both"], default="both", help="both in turn")
+    add("--shots", nargs="+", type=int, default=[1, 4], help="images per class (default: 1 4)")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
+    add("--n-ctx", type=int, default=16, help="context vectors (default: 16)")
+    add("--class-specific", choices=["yes", "no", "both"], default="both", help="(default: both)")
     add("--class-position", choices=["end", "middle", "front"], default="end")
     add("--ctx-init", metavar="WORDS", help="words to start from; they set --n-ctx")
     add("--epochs", type=int, help="in place of the paper's; 0: contexts as they start")
-    add("--views", type=int, default=1, help="random crops of a training image; 1: as it is")
+    add("--views", type=int, default=1, help="random crops per image; 1: as it is")
     add("--device", help="cpu or cuda; without it, CUDA where there is one")
-    add("--out", type=Path, default=Path("runs"), help="folder for what is saved: runs")
+    add("--out", type=Path, default=Path("runs"), help="folder for results (default: runs)")
     return parser.parse_args(argv)
 
 
 def identity(model, data, args):
-    """The settings that results depend on: one results.json holds results of the same ones."""
+    """What results depend on; all results in one results.json share it."""
     images = []
     for split in (data.train, data.val, data.test, *data.domains.values()):
         images.append(split.labels)
@@ -110,8 +110,8 @@ def probe_scores(few, features, K):
 
 
 def encode_tests(model, preprocess, data):
-    """{split: (features, labels, is it a shift?)} of the test split and the domains. A domain of
-    test images, as `outlines` has one, is no shift."""
+    """{split: (features, labels, is_shift)} of the test split and the domains. A domain made of
+    test images, as our task `outlines` has one, is no domain shift."""
     test_images = set(map(str, data.test.images))
     tests = {}
     for name, split in {"test": data.test, **data.domains}.items():
@@ -164,7 +164,7 @@ def run_grid(model, preprocess, data, folder, args):
     new_coop = partial(mini_coop.CoOp, model, data.classnames, args.n_ctx,
                        class_position=args.class_position, ctx_init=args.ctx_init)
     if todo := [run for run in wanted if run not in done]:
-        # the images of all samples, whatever is finished: so a resumed run draws the same views
+        # the images of all samples, whatever is finished: the same command draws the same views
         train = sum([sample.train.images for sample in samples.values()], [])
         val = sum([sample.val.images for sample in samples.values()], [])
         features = encode(model, preprocess, train + val)
@@ -209,10 +209,9 @@ def own_template(result, split="test"):
 
 
 def average(results):
-    """The average over data sets, as one result; its rows are averages of a seed."""
+    """The average over data sets, as one result; each row averages one seed."""
     def mean_rows(lists):
         return [{"test": mean_std(rows)[0]} for rows in zip(*lists)]
-
     few = {}
     for method in METHODS:
         tables = [result["few_shot"].get(method) for result in results]
@@ -225,20 +224,20 @@ def average(results):
 
 
 def paper(settings):
-    """The paper's figures at the same setting: by data set, their average and its Table 1."""
+    """The paper's numbers at this setting: by data set, "average" and "domains" (Table 1)."""
     start = settings["ctx_init"] or settings["n_ctx"]
     setting = f"{settings['model']}, {start}, {settings['class_position']}"
     file = Path(__file__).with_name("published.json")
     return json.loads(file.read_text()).get(setting, {}) if settings["epochs"] is None else {}
 
 
-def line(name, values, first=23, width=11):
+def line(name, values, first=23, width=11):  # columns of `first`, `width`, `width` ... characters
     cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
     return f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def tables(result, name):
-    """The tables of a data set as text, within 80 columns."""
+    """The tables of a data set as text, within 80 columns up to five numbers of shots."""
     few = result["few_shot"]
     theirs = paper(result["settings"]).get(name, {})
     lines = [f"{name}: zero-shot, accuracy in %"]
@@ -246,13 +245,13 @@ def tables(result, name):
         lines.append(line(template, [row["test"]], 42, 7))
     if theirs:
         lines.append(line("  the paper", theirs["zero-shot"].values(), 42, 7))
-    lines.append(line("random context, untrained", [mean_std(result["untrained"])[0]], 42, 7))
+    lines.append(line("untrained unified context", [mean_std(result["untrained"])[0]], 42, 7))
     shots = list(few[list(few)[0]])
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds", line("shots", shots)]
     for method, by_shots in few.items():
         lines.append(line(method, map(spelled, by_shots.values())))
         if theirs:
-            lines.append(line("  the paper", [theirs[method].get(n, "") for n in shots]))
+            lines.append(line("  the paper", [theirs.get(method, {}).get(n, "") for n in shots]))
     return "\n".join(lines + domain_table(result, shots[-1]))
 
 
@@ -280,7 +279,7 @@ def over_shots(results, methods=METHODS):
     for i, (title, result) in enumerate(results.items()):
         ax = fig.add_subplot(rows, columns, i + 1)
         ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
-        if "untrained" in result:  # which the paper did not measure
+        if "untrained" in result:  # the paper has none (notebooks show its average)
             ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8, label="untrained")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
@@ -299,7 +298,8 @@ def over_shots(results, methods=METHODS):
         ax.grid(alpha=0.3)
     fig.supxlabel("labelled images per class (shots)", fontsize=10)
     fig.supylabel("test accuracy, %", fontsize=10)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    legends = [ax.get_legend_handles_labels() for ax in fig.axes]
+    fig.legend(*max(legends, key=lambda pair: len(pair[1])), loc="outside upper center", ncols=3)
     return fig
 
 
@@ -337,10 +337,10 @@ def main(argv=None):
         results = {data.name: one(model, preprocess, data, args) for data in datasets}
         if len(results) > 1:
             panels = {"average": average(list(results.values())), **results}
-            file = args.out / f"{'+'.join(results)[:100]}.png"
+            file = args.out / f"{args.model.replace('/', '-')}_{'+'.join(results)[:99]}.png"
             over_shots(panels).savefig(file, dpi=120)
             print(f"\n{tables(panels['average'], 'average')}\n\nThe figure of all: {file}")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"mini_coop.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes")
