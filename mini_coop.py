@@ -19,7 +19,8 @@ D text width, E joint embedding (the width of both features).
     data = load_dataset("objects")  # or the path of a folder with one folder of images per class
     few = few_shot(data, shots=4, seed=1)
     x = encode_images(model, preprocess, few.train.images)
-    coop = CoOp(model, data.classnames).fit(x, few.train.labels)
+    coop = CoOp(model, data.classnames)
+    coop.fit(x, few.train.labels)
     print(coop.score(encode_images(model, preprocess, data.test.images), data.test.labels))
 
 Inputs are checked only where a mistake would otherwise go unnoticed or be reported obscurely.
@@ -315,7 +316,6 @@ def pack(model, prompts, row_tokens=None):
     """K prompts, lists of token ids -> rows for `encode_rows`: tokens (R, L), position (R, L) and
     visible (R, L, L), whether token i of a row sees token j. The EOTs, read row by row, are in the
     order of the prompts. row_tokens: about how many branch tokens a row holds."""
-    K = len(prompts)
     longest = max(prompts, key=len)
     if len(longest) > model.context_length:
         raise ValueError(f"{tokenizer.decode([i for i in longest if i < SOS])!r} makes a prompt of "
@@ -325,14 +325,13 @@ def pack(model, prompts, row_tokens=None):
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # 72 and 8 were timed on CPUs: short rows cost less attention, long ones repeat fewer trunks
     row_tokens = row_tokens or 72 + 8 * P
-    n_rows = math.ceil(sum(len(prompt) - P for prompt in prompts) / row_tokens)
-    per_row = math.ceil(K / n_rows)
     rows = []
-    for start in range(0, K, per_row):
-        row = [(prompts[0][p], p, -1) for p in range(P)]  # the trunk: (id, position, owner)
-        for k in range(start, min(start + per_row, K)):
-            row += [(prompts[k][p], p, k) for p in range(P, len(prompts[k]))]
-        rows.append(torch.tensor(row, device=model.text_projection.device))
+    for k, prompt in enumerate(prompts):
+        branch = [(prompt[p], p, k) for p in range(P, len(prompt))]  # (id, position, owner)
+        if not rows or len(rows[-1]) + len(branch) > P + row_tokens:  # a new row: the trunk
+            rows.append([(prompt[p], p, -1) for p in range(P)])
+        rows[-1] += branch
+    rows = [torch.tensor(row, device=model.text_projection.device) for row in rows]
     # zeros pad short rows at the end, owner 0 too: tril() hides them from every real token
     tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
     visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch

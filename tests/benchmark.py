@@ -27,6 +27,7 @@ import ctypes
 import random
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import clip
@@ -150,6 +151,7 @@ def main():
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--device")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # two of the words are the same for CLIP
     device = load_clip(device=args.device)[0].text_projection.device
     torch.manual_seed(0)
     model = clip.model.CLIP(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12)
