@@ -361,13 +361,14 @@ def encode_rows(model, ctx, tokens, position, visible):
     return model.ln_final(x) @ model.text_projection
 
 
-def encode_prompts(model, packed, ctx=None, part_tokens=6400):
-    """Unit-norm text features (K, E), float32, of packed prompts. Above `part_tokens` tokens in
+def encode_prompts(model, packed, ctx=None, part_tokens=3200):
+    """Unit-norm text features (K, E), float32, of packed prompts. Above 2 * part_tokens tokens in
     all, rows are encoded in parts, each recomputed in the backward pass: less memory for one more
     forward pass. On GPUs with bfloat16 the frozen encoder always runs in it."""
     device = model.text_projection.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    rows_per_part = max(1, part_tokens // packed[0].shape[1])
+    R, L = packed[0].shape
+    rows_per_part = R if R * L <= 2 * part_tokens else max(1, part_tokens // L)
     # one (tokens, position, visible) for each part
     parts = list(zip(*[tensor.split(rows_per_part) for tensor in packed]))
     encode = encode_rows

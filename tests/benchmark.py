@@ -1,4 +1,4 @@
-"""How much faster than the published way? `python tests/benchmark.py`, 15 minutes on two CPU cores.
+"""How much faster than the published way? `python tests/benchmark.py`, 20 minutes on two CPU cores.
 
 RN50's sizes (text tower of width 512 with 12 layers) and random weights, as speed does not depend
 on the values. The published way is tests/reference.py, 77 tokens for every class, and encodes the
@@ -8,18 +8,13 @@ both ways give the same gradient.
 On two AVX-512 cores of a virtual machine, torch 2.14.1, November 2026 (published / ours):
 
     text step, both passes           seconds             memory in MB
-    10 classes, unified              0.76 / 0.080 =  9.6      418 / 45    =  9.3
-    10 classes, class-specific       0.75 / 0.21  =  3.6      408 / 116   =  3.5
-    100 classes, unified              7.7 / 0.39  = 19.7     3872 / 208   = 18.6
-    100 classes, class-specific       7.6 / 1.73  =  4.4     3909 / 1023  =  3.8
-    1000 classes, unified            85.5 / 4.1   = 20.9    44333*/ 1835  = 24.2
-    1000 classes, class-specific     82.0 / 27.1  =  3.0    45201*/ 3960  = 11.4
-    whole training, 100 classes      24.9 h / 70 min = 21.2
+    100 classes, unified             14.2 / 0.64 = 22.3      3871 / 242   = 16.0
+    100 classes, class-specific      14.9 / 3.16 =  4.7      3970 / 1108  =  3.6
+    1000 classes, unified             144 / 7.10 = 20.4     44909*/ 2200  = 20.4
     (* computed: ten slices of 100 classes, as 1000 do not fit)
 
-Runs differ by a tenth. On AVX2 cores (at commit ba4aa51) 100 classes were 23.0 and 5.6 times
-faster, 1000 classes 21.6 and 3.1. A step of the mini-CLIP with 37 classes takes 4.2 ms,
-class-specific 19.6; with the code before the packed tree (commit b95d094) 5.3 and 17.6.
+The cores were slow that day; runs differ by a tenth. 1000 class-specific prompts are encoded in
+parts, whose size sets the memory: 700 of them took 2.2 GB.
 """
 import argparse
 import copy

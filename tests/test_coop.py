@@ -23,7 +23,7 @@ FOUR = ["cat", "dog", "ox", "bird"]
 # ---------------------------------------------------------------- the text side
 
 # one row; several rows; several parts, which are computed again in the backward pass
-@pytest.mark.parametrize("part_tokens, row_tokens", [(9999, 500), (9999, 16), (60, 8)])
+@pytest.mark.parametrize("part_tokens, row_tokens", [(9999, 500), (9999, 16), (20, 8)])
 @pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
 @pytest.mark.parametrize("n_ctx", [4, 5])
 @pytest.mark.parametrize("class_position", ["end", "middle", "front"])
@@ -51,7 +51,7 @@ def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, 
     (our_gradient,) = torch.autograd.grad((ours * target).sum(), coop.ctx)
     (gradient,) = torch.autograd.grad((theirs * target).sum(), coop.ctx)
     assert torch.allclose(our_gradient, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0)
-    assert bool(checkpointed) == (part_tokens == 60)
+    assert bool(checkpointed) == (part_tokens == 20)
 
 
 @pytest.mark.parametrize("class_position, class_specific, P", [
