@@ -275,7 +275,7 @@ def over_shots(results, methods=METHODS):
     """The paper's figure of {title: result}: a panel for each, at most four in a row."""
     columns = min(4, len(results))
     rows = -(-len(results) // columns)  # rounded up
-    fig = Figure((max(5, 2.6 * columns), 2.4 * rows + 1), layout="constrained")
+    fig = Figure((max(5, 2.4 * columns), 2.4 * rows + 1), layout="constrained")
     for i, (title, result) in enumerate(results.items()):
         ax = fig.add_subplot(rows, columns, i + 1)
         ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
+import torch
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
 
@@ -28,11 +29,11 @@ plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9
 # ---------------------------------------------------------------- CLIP, data, kept results
 
 def settings():
-    """-> (the CLIP's name, the data sets' names, whether all is as embedded)."""
+    """-> (the CLIP's name, the data sets' names, whether both are the built-in ones)."""
     model = os.environ.get("MINI_COOP_MODEL", MODEL)
     tasks = os.environ.get("MINI_COOP_DATA", TASKS)
-    embedded = (model, tasks) == (MODEL, TASKS) and "MINI_COOP_RUNS" not in os.environ
-    return model, tasks.split(), embedded
+    built_in = (model, tasks) == (MODEL, TASKS) and "MINI_COOP_RUNS" not in os.environ
+    return model, tasks.split(), built_in
 
 
 def choose(task):
@@ -43,15 +44,15 @@ def choose(task):
 def kept(task, variant=""):
     """What the main job saved of a data set (a dict), or None if it did not run. Of your own runs:
     <$MINI_COOP_RUNS, else runs>/<model>_<data set>/results.json."""
-    model, _, embedded = settings()
+    model, _, built_in = settings()
     name = Path(task).name
     own = Path(os.environ.get("MINI_COOP_RUNS", "runs")) / f"{model.replace('/', '-')}_{name}"
-    file = DATA / f"results/{name}{variant}.json" if embedded else own / "results.json"
+    file = DATA / f"results/{name}{variant}.json" if built_in else own / "results.json"
     if not file.is_file():
         return None
     result = json.loads(file.read_text())
     untrained = DATA / f"results/{name}_untrained.json"  # older results lack these two
-    if embedded and untrained.is_file():
+    if built_in and untrained.is_file():
         few = json.loads(untrained.read_text())["few_shot"]
         result["untrained"] = few["CoOp unified"]["1"]
         result["chance"] = 100 / len(load_dataset(task).classnames)
@@ -112,7 +113,7 @@ def finish(fig):
 
 
 def show(images, titles=None, columns=8, rows=None):
-    """A grid of images. rows: names of the rows, `columns` images each."""
+    """A grid of images, None leaves a gap. rows: names of the rows, `columns` images each."""
     n_rows = math.ceil(len(images) / columns)
     size = (1.05 * columns, (1.3 if titles else 1.05) * n_rows)
     fig, axes = plt.subplots(n_rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -120,12 +121,23 @@ def show(images, titles=None, columns=8, rows=None):
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        ax.imshow(open_image(image))
+        if image is not None:
+            ax.imshow(open_image(image))
         if titles:
             ax.set_title(titles[i], fontsize=9)
     for ax, name in zip(axes[:, 0], rows or []):
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
     finish(fig)
+
+
+def typical(features, labels):
+    """For each class the index of the image (N, E) nearest to the mean of its class."""
+    x = torch.nn.functional.normalize(features, dim=-1)
+    chosen = []
+    for k in range(max(labels) + 1):
+        mine = [i for i, label in enumerate(labels) if label == k]
+        chosen.append(mine[(x[mine] @ x[mine].mean(0)).argmax()])
+    return chosen
 
 
 def bars(names, panels):
@@ -153,18 +165,17 @@ def guess(image, names, probabilities, title=""):
     finish(fig)
 
 
-def template_dots(scores, declared, chance):
-    """One row per task: accuracy of every template, the declared one and guessing."""
-    fig, ax = plt.subplots(figsize=(8, 0.7 + 0.6 * len(scores)), layout="constrained")
-    for y, (task, values) in enumerate(scores.items()):
-        label = (lambda text: text if y == 0 else "")
-        apart = np.linspace(y - 0.28, y + 0.28, len(values))  # equal accuracies stay visible
-        ax.plot(values, apart, "o", color=BLUE, mfc="none", ms=6, label=label("a template"))
-        ax.plot(declared[task], apart[-1], "*", color="black", ms=11,
-                label=label("the task's template"))
-        ax.plot([chance[task]] * 2, [y - 0.35, y + 0.35], color=ORANGE, lw=2,
-                label=label("guessing"))
-    ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(0, 100))
+def template_dots(scores, templates, chance):
+    """One row per task: a mark for each of seven templates, the last is the task's own."""
+    fig, ax = plt.subplots(figsize=(9.5, 0.7 + 0.6 * len(scores)), layout="constrained")
+    rows = np.arange(len(scores))
+    apart = np.linspace(-0.28, 0.28, 7)  # equal accuracies stay visible
+    for i, mark in enumerate(("C0o", "C1s", "C2D", "C4^", "C5v", "C9X", "k*")):
+        values = [accuracies[i] for accuracies in scores.values()]
+        fill = "black" if mark == "k*" else "none"
+        ax.plot(values, rows + apart[i], mark, mfc=fill, ms=8, label=templates[i])
+    ax.vlines(chance, rows - 0.35, rows + 0.35, color="gray", label="guessing")
+    ax.set(yticks=rows, yticklabels=list(scores), xlim=(0, 100))
     ax.set_xlabel("zero-shot test accuracy, %")
     ax.invert_yaxis()
     fig.legend(loc="outside right upper")
@@ -291,16 +302,16 @@ def training(history, K):
     finish(fig)
 
 
-def over_C(C, validation, test, chosen, sizes):
-    """The probe's accuracy over its regularisation; sizes: images of validation and of test."""
-    fig, ax = plt.subplots(figsize=(8, 2.8), layout="constrained")
-    for values, n, style, color, label in (
-            (validation, sizes[0], "s--", BLUE, "validation: the search sees this"),
-            (test, sizes[1], "o-", ORANGE, "test: it does not see this")):
+def over_C(coarse, fine, chosen, sizes):
+    """The probe's accuracy over C. coarse: {C: (validation, test)}; fine: {C: validation};
+    sizes: the number of images of the two splits."""
+    fig, ax = plt.subplots(figsize=(8.5, 3), layout="constrained")
+    looks = (("s--", BLUE, "validation, coarse"), ("o-", ORANGE, "test, not used by the search"))
+    for values, n, (style, color, label) in zip(zip(*coarse.values()), sizes, looks):
         errors = [standard_error(value, n) for value in values]
-        ax.errorbar(C, values, errors, fmt=style, color=color, capsize=3, label=label)
-    ax.set_xscale("log")
+        ax.errorbar(list(coarse), values, errors, fmt=style, color=color, capsize=3, label=label)
+    ax.plot(list(fine), list(fine.values()), "kx", label="validation, fine")
     ax.axvline(chosen, color="gray", linestyle=":", label=f"chosen: C = {chosen:.2g}")
-    ax.set(xlabel="C (larger: weaker regularisation)", ylabel="accuracy, %")
+    ax.set(xscale="log", xlabel="C (larger: weaker regularisation)", ylabel="accuracy, %")
     fig.legend(loc="outside right upper")
     finish(fig)

@@ -26,7 +26,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def mini():
-    """The embedded CLIP: (model, preprocess)."""
+    """The built-in CLIP: (model, preprocess)."""
     import mini_coop
 
     return mini_coop.load_clip("mini", "cpu")

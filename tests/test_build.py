@@ -192,21 +192,10 @@ def test_the_cards_tables_are_those_of_the_results():
     assert card.all_tables() == text.partition(card.RESULTS)[2].partition(card.END)[0]
     readme = (DATA.parent / "README.md").read_text(encoding="utf-8")
     average = card.grid.average([card.kept(task) for task in card.TASKS])
-    for method in card.grid.METHODS:
-        cells = [cell.split()[0] for cell in card.of_shots(average, method)]
-        assert card.row(method, "", *cells).replace("|  |", "| |") in readme
-
-
-def test_collect_names_results_by_task_and_setting(tmp_path, monkeypatch):
-    for folder in ("runs/mini_favicons", "runs/middle/mini_favicons"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "results.json").write_text(folder)
-    (tmp_path / "data/results").mkdir(parents=True)
-    monkeypatch.setattr(card, "HERE", tmp_path / "data/build")
-    card.collect(tmp_path / "runs")
-    for name, text in (("favicons", "runs/mini_favicons"),
-                       ("favicons_middle", "runs/middle/mini_favicons")):
-        assert (tmp_path / f"data/results/{name}.json").read_text() == text
+    gains = card.gaps(average, "CoOp unified")
+    leads = card.gaps(average, "CoOp unified", "linear probe")
+    assert f"by {gains[0][1:]} points with one label" in readme and f"by {gains[-1][1:]}" in readme
+    assert f"the probe by {leads[0][1:]} (22.9) and {leads[-1][1:]} (2.3)" in readme
 
 
 def test_favicons_are_drawn_from_objects(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets, few-shot samples, images and their features; the integrity of what is embedded."""
+"""Data sets, few-shot samples, images and their features; the integrity of what is built in."""
 import copy
 import csv
 import hashlib
@@ -286,10 +286,10 @@ def test_all_images_that_cannot_be_read_are_named(tiny, tmp_path):
         encode_images(*tiny, [])
 
 
-# ---------------------------------------------------------------- what is embedded
+# ---------------------------------------------------------------- what is built in
 
 @pytest.mark.parametrize("task", [*TASKS, *SHIFTED])
-def test_embedded_tasks(task):
+def test_built_in_tasks(task):
     data = load_dataset(task)
     K = len(data.classnames)
     assert K == len(set(data.classnames)) and "{}" in data.template
@@ -365,7 +365,7 @@ def test_the_card_names_every_set_with_a_licence():
         assert re.search(rf"`{name}` {version} \([A-Z]", "\n".join(card)), name
 
 
-def test_the_embedded_clip_is_the_same_model_in_every_way(mini):
+def test_the_built_in_clip_is_the_same_model_in_every_way(mini):
     """build_model reads it, fp16 on disk, and the shapes are the card's."""
     state = torch.load(mini_coop.DATA / "mini_clip.pt", weights_only=True)
     assert {v.dtype for v in state.values() if v.is_floating_point()} == {torch.float16}
@@ -383,7 +383,7 @@ def accuracy(mini, data, classify):
     return 100 * (classify(x).argmax(1).cpu() == torch.tensor(data.test.labels)).double().mean()
 
 
-def test_the_embedded_clip_knows_the_objects_and_wording_matters(mini):
+def test_the_built_in_clip_knows_the_objects_and_wording_matters(mini):
     scores = {}
     for task in ("objects", "favicons"):
         data = load_dataset(task)

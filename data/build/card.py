@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from icons import HERE, read_sets
-from mini_coop import load_dataset, open_image
+from mini_coop import encode_images, load_clip, load_dataset, open_image
 
 sys.path.append(str(HERE.parents[1] / "notebooks"))
-from lessons import TASKS, grid, kept, papers_average  # noqa: E402
+from lessons import TASKS, grid, kept, papers_average, typical  # noqa: E402
 
 TASKS = TASKS.split()
 SHOTS = ["1", "2", "4", "8", "16"]
@@ -53,14 +53,18 @@ def sets_table(work):
 
 
 def tasks_picture(path):
-    """Eight training images of each task with their class names."""
+    """A typical training image of eight classes of each task."""
     fig = Figure((9, 1.25 * len(TASKS)), layout="constrained")
     axes = fig.subplots(len(TASKS), 8)
+    model, preprocess = load_clip()
     for name, of_task in zip(TASKS, axes):
         data = load_dataset(name)
+        same = load_dataset({"favicons": "objects", "pixels": "objects"}.get(name, name))
+        features = encode_images(model, preprocess, same.train.images, progress=False)
+        some = typical(features, data.train.labels)  # of one drawing in all its sizes
         labels = random.Random(1).sample(range(len(data.classnames)), 8)
         for ax, label in zip(of_task, labels):
-            ax.imshow(open_image(data.train.images[data.train.labels.index(label)]))
+            ax.imshow(open_image(data.train.images[some[label]]))
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(data.classnames[label], fontsize=10)
         of_task[0].set_ylabel(name, fontsize=11)
@@ -161,7 +165,7 @@ def shift_table(task, runs):
 def variant_table():
     """Class position, M and start of the unified context, averaged over the tasks."""
     shots = ("1", "4", "16")
-    lines = head("CoOp unified, average of seven, %", *[f"{n} labels" for n in shots])
+    lines = head("CoOp unified, average of seven, %", *[f"labels: {n}" for n in shots])
     for name, suffix in (("class name at the end, M = 16", ""), ("in the middle", "_middle"),
                          ("in front", "_front"), ("M = 4", "_m4"), ("from words", "_words")):
         average = grid.average([kept(task, suffix) for task in TASKS])

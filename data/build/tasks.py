@@ -1,4 +1,4 @@
-"""Step 3: the embedded tasks, from the held-out icon sets.
+"""Step 3: the built-in tasks, from the held-out icon sets.
 
     python tasks.py [--work work] [--sheets DIR]
     python tasks.py --favicons

@@ -26,6 +26,7 @@ from clip.model import CLIP, build_model
 
 from captions import COLOURS, FILLER, caption, noise, read_tags, true_of
 from icons import HERE, SET_STYLES, near_duplicates, picture_hash, read_sets, thumbnails
+from mini_coop import EOT, SOS
 
 BATCH = 512
 LR = 1e-3
@@ -35,8 +36,6 @@ EMA = 0.998  # decay per step of the average of the weights, which is what ships
 # A pre-training drawing that correlates more than this with a held-out one is left out; chosen by
 # looking at pairs.
 THRESHOLD = 0.95
-SOS = 49406
-EOT = 49407
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
