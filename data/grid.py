@@ -1,9 +1,8 @@
 """The main job, `python mini_coop.py`: zero-shot CLIP, linear probe and CoOp over shots and seeds.
 
 For each data set, <out>/<model>_<data set>/ gets results.json, figure.png and the learned contexts.
-results.json is written after every run (a method, a number of shots, a seed), so the same command
-resumes after an interruption. Its rows are {split: accuracy in %}: "zero_shot" has one for each
-template, "untrained" of three contexts, "few_shot" one for each method, shots and seed.
+results.json is written after every run, so the same command resumes. Its rows are {split: accuracy
+in %}, one for each template, for three untrained contexts, and for each method, shots and seed.
 """
 import argparse
 import hashlib
@@ -224,7 +223,7 @@ def average(results):
 
 
 def paper(settings):
-    """The paper's numbers at this setting: by data set, "average" and "domains" (Table 1)."""
+    """The paper's numbers at this setting: by data set, "average of 11" and "domains" (Table 1)."""
     start = settings["ctx_init"] or settings["n_ctx"]
     setting = f"{settings['model']}, {start}, {settings['class_position']}"
     file = Path(__file__).with_name("published.json")
@@ -278,9 +277,8 @@ def over_shots(results, methods=METHODS):
     fig = Figure((max(5, 2.4 * columns), 2.4 * rows + 1), layout="constrained")
     for i, (title, result) in enumerate(results.items()):
         ax = fig.add_subplot(rows, columns, i + 1)
-        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance")
         if "untrained" in result:  # the paper has none (notebooks show its average)
-            ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", lw=0.8, label="untrained")
+            ax.axhline(mean_std(result["untrained"])[0], color="#CC79A7", label="untrained context")
         ax.axhline(own_template(result), color="black", lw=0.8, ls="--")
         ax.plot(0, own_template(result), "k*", ms=10, label="zero-shot, own template")
         few = result["few_shot"]
@@ -291,6 +289,7 @@ def over_shots(results, methods=METHODS):
             color, style = LOOKS[method]
             ax.errorbar(at, means, spreads, fmt=style, color=color, ms=5, capsize=2, label=method)
         low, high = ax.get_ylim()
+        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance, where in range")
         more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
         ax.set_ylim(low - more, high + more)
         ax.set_xticks(range(len(shots) + 1), [0, *shots])
@@ -336,10 +335,11 @@ def main(argv=None):
               f"on {on}, CPU threads: {torch.get_num_threads()}")
         results = {data.name: one(model, preprocess, data, args) for data in datasets}
         if len(results) > 1:
-            panels = {"average": average(list(results.values())), **results}
+            name = f"average of {len(results)}"
+            panels = {name: average(list(results.values())), **results}
             file = args.out / f"{args.model.replace('/', '-')}_{'+'.join(results)[:99]}.png"
             over_shots(panels).savefig(file, dpi=120)
-            print(f"\n{tables(panels['average'], 'average')}\n\nThe figure of all: {file}")
+            print(f"\n{tables(panels[name], name)}\n\nThe figure of all: {file}")
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"mini_coop.py: error: {error}")
     except KeyboardInterrupt:

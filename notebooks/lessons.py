@@ -28,8 +28,11 @@ plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9
 
 # ---------------------------------------------------------------- CLIP, data, kept results
 
-def settings():
-    """-> (the CLIP's name, the data sets' names, whether both are the built-in ones)."""
+def settings(clip=None, data=None):
+    """-> (the CLIP's name, the data sets' names, whether both are the built-in ones). What is not
+    given comes from the environment."""
+    given = {"MINI_COOP_MODEL": clip, "MINI_COOP_DATA": data}
+    os.environ.update({key: value for key, value in given.items() if value})
     model = os.environ.get("MINI_COOP_MODEL", MODEL)
     tasks = os.environ.get("MINI_COOP_DATA", TASKS)
     built_in = (model, tasks) == (MODEL, TASKS) and "MINI_COOP_RUNS" not in os.environ
@@ -43,11 +46,12 @@ def choose(task):
 
 def kept(task, variant=""):
     """What the main job saved of a data set (a dict), or None if it did not run. Of your own runs:
-    <$MINI_COOP_RUNS, else runs>/<model>_<data set>/results.json."""
+    <$MINI_COOP_RUNS, else the clone's runs>/<model>_<data set>/results.json."""
     model, _, built_in = settings()
     name = Path(task).name
-    own = Path(os.environ.get("MINI_COOP_RUNS", "runs")) / f"{model.replace('/', '-')}_{name}"
-    file = DATA / f"results/{name}{variant}.json" if built_in else own / "results.json"
+    runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs"))
+    own = runs / f"{model.replace('/', '-')}_{name}/results.json"
+    file = DATA / f"results/{name}{variant}.json" if built_in else own
     if not file.is_file():
         return None
     result = json.loads(file.read_text())
@@ -261,7 +265,7 @@ def papers_average():
     """The paper's average over its eleven data sets (RN50, M = 16), in the form of a result."""
     settings = {"model": "RN50", "n_ctx": 16, "ctx_init": None, "epochs": None,
                 "class_position": "end"}
-    theirs = grid.paper(settings)["average"]
+    theirs = grid.paper(settings)["average of 11"]
     few = {}
     for method in grid.METHODS:
         few[method] = {n: [{"test": accuracy}] for n, accuracy in theirs[method].items()}
@@ -291,10 +295,9 @@ def training(history, K):
     """Loss and learning rate over epochs."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.7), layout="constrained")
     left.plot(history["loss"], color=ORANGE)
-    left.axhline(math.log(K), color="gray", linestyle=":")
-    left.axhline(math.log(K) / 2, color="gray", linestyle=":")
-    left.text(len(history["loss"]), math.log(K), "ln K", ha="right", va="bottom")
-    left.text(len(history["loss"]), math.log(K) / 2, "half of it", ha="right", va="bottom")
+    for loss, name in ((math.log(K), "ln K"), (math.log(K) / 2, "half of it")):
+        left.axhline(loss, color="gray", linestyle=":")
+        left.text(len(history["loss"]), loss, name, ha="right", va="bottom")
     top = 1.15 * max(math.log(K), *history["loss"])
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, top))
     right.plot(history["lr"], color=BLUE)

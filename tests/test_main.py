@@ -103,7 +103,7 @@ def test_several_data_sets(tmp_path, capsys):
         rows.append([row["test"] for row in result["few_shot"]["CoOp unified"]["1"]])
     averages = np.mean(rows, axis=0)  # of each seed
     text = f"{averages.mean():.1f} ± {averages.std():.1f}"  # the population's
-    assert re.search(rf"average: few-shot(.|\n)*CoOp unified +{text}$", out, re.M)
+    assert re.search(rf"average of 2: few-shot(.|\n)*CoOp unified +{text}$", out, re.M)
 
 
 def test_a_folder_of_your_own(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_the_papers_figures_stand_beside_the_same_setting_only():
 def test_the_papers_average_is_that_of_its_data_sets():
     for position in ("end", "middle"):
         figures = grid.paper({**SETTINGS, "class_position": position})
-        average = figures.pop("average")
+        average = figures.pop("average of 11")
         figures.pop("domains", None)
         assert len(figures) == 11
         for method, by_shots in average.items():
@@ -286,7 +286,7 @@ def test_the_papers_average_is_that_of_its_data_sets():
                 values = [of_data_set[method][n] for of_data_set in figures.values()]
                 assert accuracy == pytest.approx(np.mean(values), abs=0.006)
     shots = ("1", "2", "4", "8", "16")
-    text = grid.tables(grid.average([result_like({}, shots, ())] * 2), "average")
+    text = grid.tables(grid.average([result_like({}, shots, ())] * 2), "average of 11")
     for row in ("59.6 +62.3 +66.8 +69.9 +73.4", "44.9 +52.0 +60.1 +65.9 +71.4",
                 "36.7 +47.6 +57.2 +65.0 +71.1"):
         assert re.search(f"the paper +{row}", text), text
