@@ -82,9 +82,7 @@ class Peak:
 
 
 def timed(run, repeats):
-    """-> median seconds of `run` after a first time, its result, its peak memory in MB.
-
-    repeats=0: the first time is all."""
+    """-> median seconds of `run` after a first time (repeats=0: of that), its result, peak MB."""
     start = time.perf_counter()
     with Peak() as peak:
         result = run()

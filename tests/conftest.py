@@ -28,7 +28,6 @@ def tiny():
 def mini():
     """The built-in CLIP: (model, preprocess)."""
     import mini_coop
-
     return mini_coop.load_clip("mini", "cpu")
 
 

@@ -96,6 +96,13 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_settings_at_the_top_of_a_notebook(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    assert lessons.settings() == ("mini", lessons.TASKS.split(), True)
+    assert lessons.settings("RN50", "a/photos dtd") == ("RN50", ["a/photos", "dtd"], False)
+    assert lessons.choose("objects") == "a/photos" and lessons.kept("dtd") is None
+
+
 def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
     monkeypatch.delenv("MINI_COOP_STRICT", raising=False)
     assert lessons.answered(1, 0, []) and not lessons.answered(2, 1, None)

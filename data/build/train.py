@@ -254,18 +254,16 @@ def encode_text(model, tokens):
     return torch.cat(features)[order.argsort()]
 
 
-def contrastive_loss(model, batch, tokenizer, rng, device, half, visual=None):
+def contrastive_loss(model, batch, tokenizer, rng, device, half):
     """CLIP's symmetric loss on one augmented batch.
 
-    A caption that is also true of another image is no negative for it. half: bfloat16 for the two
-    encoders. visual: the model's image encoder, compiled.
+    A caption that is also true of another image is no negative for it. half: bfloat16 encoders.
     """
     images, captions, true = batch
     images = normalise(augment(images.to(device)))
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device, torch.bfloat16, enabled=half):
-        encode_image = model.visual if visual is None else visual
-        image = encode_image(images).float()
+        image = model.visual(images).float()
         text = encode_text(model, tokenizer(captions, rng).to(device)).float()
     scale = model.logit_scale.exp()
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (B, B)
@@ -391,7 +389,7 @@ class Run:
         self.step += 1
 
 
-def train(run, icons, held_out, tokenizer, minutes, half, visual):
+def train(run, icons, held_out, tokenizer, minutes, half):
     """Steps until `minutes` are spent: warm-up, then a cosine over the time."""
     rng = random.Random(run.step)
     budget = 60 * minutes
@@ -402,7 +400,7 @@ def train(run, icons, held_out, tokenizer, minutes, half, visual):
         cosine = 0.5 * (1 + math.cos(math.pi * run.spent / budget))
         lr = LR * min(1, (run.step + 1) / WARM_UP) * cosine
         batch = icons.batch(rng, BATCH)
-        loss = contrastive_loss(run.model, batch, tokenizer, rng, run.device, half, visual)
+        loss = contrastive_loss(run.model, batch, tokenizer, rng, run.device, half)
         run.update(loss, lr)
         losses.append(loss.item())
         run.spent += time.perf_counter() - start
@@ -461,8 +459,6 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
     parser.add_argument("--half", action="store_true",
                         help="bfloat16: three times faster on a CPU or card that has it")
-    parser.add_argument("--compile", action="store_true",
-                        help="the image encoder through torch.compile: a fifth faster on a CPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     icons = Icons(args.work, args.only)
@@ -473,8 +469,7 @@ def main():
         evaluate(args.evaluate, icons, held_out, seen, tokenizer, device, args.half)
         return
     run = Run(args.work, device, args.start)
-    visual = torch.compile(run.model.visual) if args.compile else None
-    train(run, icons, held_out, tokenizer, args.minutes, args.half, visual)
+    train(run, icons, held_out, tokenizer, args.minutes, args.half)
     run.save()
     accuracy = held_out.accuracy(run.averaged(), tokenizer, device)
     run.log(f"the end: {run.step * BATCH} drawings, held-out top-1 of 1000 names {accuracy:.1f} %")
