@@ -289,7 +289,7 @@ def over_shots(results, methods=METHODS):
             color, style = LOOKS[method]
             ax.errorbar(at, means, spreads, fmt=style, color=color, ms=5, capsize=2, label=method)
         low, high = ax.get_ylim()
-        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance, where in range")
+        ax.axhline(result["chance"], color="gray", lw=0.8, ls=":", label="chance (if in range)")
         more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
         ax.set_ylim(low - more, high + more)
         ax.set_xticks(range(len(shots) + 1), [0, *shots])
@@ -297,8 +297,8 @@ def over_shots(results, methods=METHODS):
         ax.grid(alpha=0.3)
     fig.supxlabel("labelled images per class (shots)", fontsize=10)
     fig.supylabel("test accuracy, %", fontsize=10)
-    legends = [ax.get_legend_handles_labels() for ax in fig.axes]
-    fig.legend(*max(legends, key=lambda pair: len(pair[1])), loc="outside upper center", ncols=3)
+    legend = max((ax.get_legend_handles_labels() for ax in fig.axes), key=lambda both: len(both[1]))
+    fig.legend(*legend, loc="outside upper center", ncols=3 if columns > 2 else 2)
     return fig
 
 

@@ -176,8 +176,7 @@ def template_dots(scores, templates, chance):
     apart = np.linspace(-0.28, 0.28, 7)  # equal accuracies stay visible
     for i, mark in enumerate(("C0o", "C1s", "C2D", "C4^", "C5v", "C9X", "k*")):
         values = [accuracies[i] for accuracies in scores.values()]
-        fill = "black" if mark == "k*" else "none"
-        ax.plot(values, rows + apart[i], mark, mfc=fill, ms=8, label=templates[i])
+        ax.plot(values, rows + apart[i], mark, mfc="none", ms=8, label=templates[i])
     ax.vlines(chance, rows - 0.35, rows + 0.35, color="gray", label="guessing")
     ax.set(yticks=rows, yticklabels=list(scores), xlim=(0, 100))
     ax.set_xlabel("zero-shot test accuracy, %")

@@ -298,7 +298,8 @@ def test_the_figure_takes_methods_and_shots_as_they_are(tmp_path):
     some = {**full, "few_shot": {"CoOp unified": full["few_shot"]["CoOp unified"],
                                  "CoOp class-specific": {"16": [{"test": 50.0}]}}}
     figure = grid.over_shots({"a $x": full, "b": some})
-    assert len(figure.axes) == 2
+    figure.savefig(tmp_path / "figure.png")  # lays it out: the legend must not be cut off
+    assert len(figure.axes) == 2 and figure.legends[0].get_window_extent().x0 > 0
     for ax in figure.axes:
         low, high = ax.get_ylim()
         assert high - low >= 30  # noise must not look like a trend
