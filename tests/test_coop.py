@@ -284,7 +284,7 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
     (["cat", "dog"], {"ctx_init": "a photo of a [CLASS]."}, "no place for a name"),
     (["cat", "dog"], {"class_specific": "no"}, "not 'no'"),
     (["cat", "dog"], {"class_position": "start"}, "not .* 'start'"),
-    (["cat", "very " * 70 + "long"], {}, "very long.*90 tokens, but CLIP reads 77"),
+    (["cat", "very " * 70 + "long"], {}, "very very .*90 tokens, but CLIP reads 77"),
 ])
 def test_wrong_names_and_options(tiny, names, options, message):
     with pytest.raises(ValueError, match=message):
