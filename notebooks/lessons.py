@@ -274,22 +274,6 @@ def papers_average():
             "few_shot": few, "chance": sum(100 / K for K in n_classes) / 11}
 
 
-def variant_dots(rows, xlabel):
-    """rows: {variant: {"1 shot": (mean, spread), "16 shots": ...}}; open: few, filled: many."""
-    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)), layout="constrained")
-    for name, points in rows.items():
-        for (label, (mean, spread)), fill in zip(points.items(), ("none", ORANGE)):
-            ax.errorbar(mean, name, xerr=spread, fmt="o", color=ORANGE, mfc=fill, capsize=3,
-                        label=label)
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles[:2], labels[:2], loc="outside right upper")
-    ax.set(xlabel=xlabel)
-    ax.margins(y=0.15)
-    ax.grid(alpha=0.3)
-    ax.invert_yaxis()
-    finish(fig)
-
-
 def training(history, K):
     """Loss and learning rate over epochs."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.7), layout="constrained")

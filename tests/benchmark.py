@@ -163,8 +163,7 @@ def main():
         for class_specific in (False, True):
             text_step(model, model16, K, class_specific)
     if device.type == "cpu" and max(args.classes) > SLICE:
-        print(f"* in slices of {SLICE} classes, as it does not fit: one slice's memory times their "
-              "number")
+        print(f"* in slices of {SLICE} classes: the memory of one, times their number")
     mini_step()
 
 

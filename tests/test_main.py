@@ -39,11 +39,11 @@ def photos(root, names=("red", "blue"), n=8):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """The numbers of images that CoOp.fit was called with."""
+    """The shapes of the features, and the numbers of epochs, that CoOp.fit was called with."""
     calls = []
     fit = CoOp.fit
-    monkeypatch.setattr(CoOp, "fit", lambda self, x, *rest, **options: calls.append(len(x))
-                        or fit(self, x, *rest, **options))
+    monkeypatch.setattr(CoOp, "fit", lambda self, x, y, epochs, **options: fit(
+        self, x, y, calls.append((*x.shape, epochs)) or epochs, **options))
     return calls
 
 
@@ -86,8 +86,24 @@ def test_the_probe_learns_from_features_as_they_come(tmp_path, monkeypatch, mini
         assert torch.allclose(x, mini_coop.encode_images(*mini, split.images), atol=1e-4)
 
 
+def test_a_probe_that_did_not_see_every_class():
+    few = mini_coop.Dataset("", [], "", *[mini_coop.Split(["a", "b"], [0, 2])] * 3, {})
+    scores = grid.probe_scores(few, {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0, 1.0])}, 3)
+    assert scores(torch.eye(2)).argmax(1).tolist() == [0, 2]
+
+
+def test_on_imagenet_every_run_has_50_epochs(tmp_path, fits):
+    photos(tmp_path / "imagenet/train")
+    photos(tmp_path / "imagenet/test")
+    grid.main(["--dataset", str(tmp_path / "imagenet"), "--out", str(tmp_path), "--n-ctx", "1",
+               "--shots", "2", "--seeds", "1", "--class-specific", "no"])
+    assert [epochs for *_, epochs in fits] == [50]
+
+
 def test_zero_epochs_are_untrained_contexts(tmp_path):
-    result = run(tmp_path, "--shots", 1, "--epochs", 0)
+    result = run(tmp_path, "--shots", 1, "--epochs", 0, "--class-position", "front")
+    coop = CoOp.load(tmp_path / "mini_styles/CoOp_unified_1_shots_seed_1.pt", load_clip()[0])
+    assert coop.class_position == "front"
     trained = [row["test"] for row in result["few_shot"]["CoOp unified"]["1"]]
     assert trained == [row["test"] for row in result["untrained"]]
 
@@ -98,15 +114,18 @@ def test_several_data_sets(tmp_path, capsys):
     out = capsys.readouterr().out
     assert Image.open(tmp_path / "mini_styles+actions.png").size[0] > 800
     rows = []
+    own = []
     for task in ("styles", "actions"):
         result = json.loads((tmp_path / f"mini_{task}/results.json").read_text())
+        own.append(grid.own_template(result))
         rows.append([row["test"] for row in result["few_shot"]["CoOp unified"]["1"]])
     averages = np.mean(rows, axis=0)  # of each seed
     text = f"{averages.mean():.1f} ± {averages.std():.1f}"  # the population's
     assert re.search(rf"average of 2: few-shot(.|\n)*CoOp unified +{text}$", out, re.M)
+    assert re.search(rf"their own templates +{np.mean(own):.1f}", out)
 
 
-def test_a_folder_of_your_own(tmp_path, capsys):
+def test_a_folder_of_your_own(tmp_path, capsys, fits):
     """Views, a template, names that CLIP cannot read, no validation images, one seed."""
     root = tmp_path / "cash_$5_to_$10^"
     for part in ("train", "test"):
@@ -118,6 +137,7 @@ def test_a_folder_of_your_own(tmp_path, capsys):
     assert '"a picture of n02085620."' in out and "no linear probe" in out
     assert list(result["few_shot"]) == ["CoOp unified", "CoOp class-specific"]
     assert "±" not in re.search("CoOp unified.*", out)[0]  # one seed has no spread
+    assert [shape[:2] for shape in fits] == [(8, 2)] * 2  # 4 shots of two classes, 2 views
 
 
 def test_domains(tmp_path, capsys, mini):
@@ -155,7 +175,7 @@ def test_finished_runs_are_kept(tmp_path, fits, monkeypatch):
     assert run(tmp_path, *command) == first
     assert len(fits) == 8 and not encoded  # nothing is left to do, so nothing is encoded
     more = run(tmp_path, *command, "--seeds", 3, "--class-specific", "no")
-    assert fits[8:] == [8, 16]
+    assert [shape[0] for shape in fits[8:]] == [8, 16]
     few = more["few_shot"]["CoOp unified"]["2"]
     assert [row["seed"] for row in few] == [1, 2, 3]
     assert few[:2] == first["few_shot"]["CoOp unified"]["2"]

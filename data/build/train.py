@@ -440,10 +440,8 @@ def evaluate(path, icons, held_out, seen, tokenizer, device, half):
     figures = {"steps": int(state["visual.bn1.num_batches_tracked"]),
                "loss on 20 augmented batches": round(float(np.mean(losses)), 3),
                "logit scale": round(model.logit_scale.exp().item(), 1),
-               "held-out top-1 of 1000 names, %": round(
-                   held_out.accuracy(model, tokenizer, device), 1),
-               "the same of the sets trained on, %": round(
-                   seen.accuracy(model, tokenizer, device), 1)}
+               "held-out top-1 of 1000, %": round(held_out.accuracy(model, tokenizer, device), 1),
+               "of the sets trained on, %": round(seen.accuracy(model, tokenizer, device), 1)}
     print(json.dumps(figures))
 
 
@@ -457,8 +455,7 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, help="default: mini_clip.pt in the folder of work")
     parser.add_argument("--only", nargs="+", metavar="SET", help="a small run: these sets alone")
-    parser.add_argument("--half", action="store_true",
-                        help="bfloat16: three times faster on a CPU or card that has it")
+    parser.add_argument("--half", action="store_true", help="bfloat16: three times faster")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     icons = Icons(args.work, args.only)
