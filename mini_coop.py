@@ -318,9 +318,9 @@ def pack(model, prompts, row_tokens=None):
     order of the prompts. row_tokens: about how many branch tokens a row holds."""
     longest = max(prompts, key=len)
     if len(longest) > model.context_length:
-        begin = tokenizer.decode([i for i in longest if i < SOS][:20])
-        raise ValueError(f"{begin!r} ... is a prompt of {len(longest)} tokens, but CLIP reads "
-                         f"{model.context_length}: shorten name, context or template")
+        ids = [i for i in longest if i < SOS]
+        raise ValueError(f"{tokenizer.decode(ids[:20])!r} ... is a prompt of {len(longest)} tokens, "
+                         f"but CLIP reads {model.context_length}: shorten name or context")
     # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # 72 and 8 were timed on CPUs: short rows cost less attention, long ones repeat fewer trunks

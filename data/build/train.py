@@ -428,7 +428,7 @@ def write(run, out):
 
 @torch.no_grad()
 def evaluate(path, icons, held_out, seen, tokenizer, device, half):
-    """Prints the figures of a checkpoint that the data card gives."""
+    """Prints the numbers of a checkpoint that the data card gives."""
     state = torch.load(path, map_location=device, weights_only=True)
     model = build_model(dict(state)).float().to(device).eval()
     torch.manual_seed(0)
