@@ -319,7 +319,7 @@ def pack(model, prompts, row_tokens=None):
     longest = max(prompts, key=len)
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
-        raise ValueError(f"{tokenizer.decode(ids[:20])!r}... is a prompt of {len(longest)} tokens, "
+        raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
                          f"but CLIP reads {model.context_length}: shorten name or context")
     # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
