@@ -323,7 +323,7 @@ def pack(model, prompts, row_tokens=None):
                          f"but CLIP reads {model.context_length}: shorten name or context")
     # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    # 72 and 8 were timed on CPUs: short rows cost less attention, long ones repeat fewer trunks
+    # a compromise: short rows cost less attention, long ones repeat fewer trunks
     row_tokens = row_tokens or 72 + 8 * P
     rows = []
     for k, prompt in enumerate(prompts):

@@ -42,8 +42,12 @@ def fits(monkeypatch):
     """The shapes of the features, and the numbers of epochs, that CoOp.fit was called with."""
     calls = []
     fit = CoOp.fit
-    monkeypatch.setattr(CoOp, "fit", lambda self, x, y, epochs, **options: fit(
-        self, x, y, calls.append((*x.shape, epochs)) or epochs, **options))
+
+    def recorded(self, x, y, epochs, **options):
+        calls.append((*x.shape, epochs))
+        return fit(self, x, y, epochs, **options)
+
+    monkeypatch.setattr(CoOp, "fit", recorded)
     return calls
 
 

@@ -255,10 +255,8 @@ def encode_text(model, tokens):
 
 
 def contrastive_loss(model, batch, tokenizer, rng, device, half):
-    """CLIP's symmetric loss on one augmented batch.
-
-    A caption that is also true of another image is no negative for it. half: bfloat16 encoders.
-    """
+    """CLIP's symmetric loss on one augmented batch. A caption that is also true of another image
+    is no negative for it. half: bfloat16 encoders."""
     images, captions, true = batch
     images = normalise(augment(images.to(device)))
     images = images.contiguous(memory_format=torch.channels_last)
@@ -437,12 +435,12 @@ def evaluate(path, icons, held_out, seen, tokenizer, device, half):
     for _ in range(20):
         batch = icons.batch(rng, BATCH)
         losses.append(contrastive_loss(model, batch, tokenizer, rng, device, half).item())
-    figures = {"steps": int(state["visual.bn1.num_batches_tracked"]),
+    numbers = {"steps": int(state["visual.bn1.num_batches_tracked"]),
                "loss on 20 augmented batches": round(float(np.mean(losses)), 3),
                "logit scale": round(model.logit_scale.exp().item(), 1),
                "held-out top-1 of 1000, %": round(held_out.accuracy(model, tokenizer, device), 1),
                "of the sets trained on, %": round(seen.accuracy(model, tokenizer, device), 1)}
-    print(json.dumps(figures))
+    print(json.dumps(numbers))
 
 
 def main():
