@@ -99,7 +99,7 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
 def test_settings_at_the_top_of_a_notebook(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     assert lessons.settings() == ("mini", lessons.TASKS.split(), True)
-    assert lessons.settings("RN50", "a/photos dtd") == ("RN50", ["a/photos", "dtd"], False)
+    assert lessons.settings("a.pt", "a/photos dtd") == ("a.pt", ["a/photos", "dtd"], False)
     assert lessons.choose("objects") == "a/photos" and lessons.kept("dtd") is None
 
 
