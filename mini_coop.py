@@ -25,18 +25,17 @@ D text width, E joint embedding (the width of both features).
 
 Inputs are checked only where a mistake would otherwise go unnoticed or be reported obscurely.
 """
-import glob
-import hashlib
 import json
 import math
 import os
 import random
 import re
 import runpy
+import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +44,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip.clip import _tokenizer as tokenizer
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
@@ -57,13 +57,7 @@ __all__ = ["CoOp", "encode_images", "few_shot", "learning_rate", "linear_probe",
 
 SOS = tokenizer.encoder["<|startoftext|>"]
 EOT = tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
-CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for context vector i (encode_rows)
-
-DATA = Path(__file__).resolve().with_name("data")
-LAB = Path(os.environ.get("MINI_COOP_ROOT") or DATA)  # your own weights and data sets
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = {key for key, value in Image.registered_extensions().items() if value in FORMATS}
-MINI_SHA256 = "ba4cbc1c51294f1d0122cf11c6ace601126949b043595b3e79a0a62aa2c89000"
+CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for vector i of the context
 
 
 # ---------------------------------------- CoOp
@@ -71,14 +65,16 @@ MINI_SHA256 = "ba4cbc1c51294f1d0122cf11c6ace601126949b043595b3e79a0a62aa2c89000"
 class CoOp(torch.nn.Module):
     """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ."
 
-    model: a CLIP of load_clip. classnames: K names. n_ctx: M. class_specific: one context for each
-    class, ctx (K, M, D), instead of a unified one, (M, D). class_position: "end", "middle" (the
-    smaller half of an odd M stands before the name) or "front". ctx_init: words to start from ("a
-    photo of a"), one vector per token; n_ctx is then ignored. Without words, the vectors are drawn
-    from N(0, 0.02^2) with `seed`, which also shuffles in `fit`. Raises ValueError for wrong values.
+    model: a CLIP of load_clip, where the device is chosen (`coop.to` would move the context alone).
+    classnames: K names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
+    instead of a unified one, (M, D). class_position: "end", "middle" (the smaller half of an odd M
+    stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
+    per token; n_ctx is then ignored. Without words, the vectors are drawn from N(0, 0.02^2) with
+    `seed`, which also shuffles in `fit`. Raises ValueError for wrong values.
 
-    For a method of your own override `loss` or `forward`; `text_features(ctx)` takes another
-    context, say one shifted by an image's feature. `fit` trains every parameter of the subclass.
+    A unified context serves other class names, too, in a CoOp of equal n_ctx and class_position:
+    `new.load_state_dict(coop.state_dict())`. For a method of your own override `loss` or `forward`;
+    `fit` trains every parameter of the subclass.
     """
 
     def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end",
@@ -87,30 +83,33 @@ class CoOp(torch.nn.Module):
         if class_specific not in (True, False) or class_position not in ("end", "middle", "front"):
             raise ValueError("class_specific is True or False, class_position 'end', 'middle' or "
                              f"'front', not {class_specific!r} and {class_position!r}")
-        if ctx_init is not None and set(ctx_init) & set("{}[]%<>"):
-            raise ValueError(f"ctx_init takes words, no place for a name: {ctx_init!r}")
-        self.__dict__["clip_model"] = check_clip(model)  # no submodule: not trained or moved
+        self.__dict__["clip_model"] = check_clip(model)  # no submodule: not trained, not saved
         self.classnames = check_names(classnames)
         self.class_specific = bool(class_specific)
         self.class_position = class_position
         self.seed = int(seed)
+        # people mark a place for the name as {}, [CLASS], %s or <name>; in these words it has none
+        if ctx_init is not None and set(ctx_init) & set("{}[]%<>"):
+            raise ValueError(f"ctx_init takes words, no place for a name: {ctx_init!r}")
         words = None if ctx_init is None else token_ids(ctx_init)
         M = n_ctx if words is None else len(words)
-        self.n_ctx = M
         K = len(self.classnames)
         D = model.ln_final.weight.shape[0]
-        if K < 2 or M < 1:
-            raise ValueError(f"CoOp needs two classes and one vector or more, not {K} and {M}")
+        if K < 2 or not isinstance(M, (int, np.integer)) or M < 1:
+            raise ValueError(f"CoOp needs two classes and one vector or more, not {K} and {M!r}")
+        self.n_ctx = int(M)
 
         # the context: words' embeddings or random vectors
         shape = (K, M, D) if class_specific else (M, D)
         if words is None:
-            ctx = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+            generator = torch.Generator().manual_seed(self.seed)
+            ctx = 0.02 * torch.randn(shape, generator=generator, dtype=torch.float32)
         else:
             ctx = model.token_embedding.weight[words].expand(shape).clone()
         self.ctx = torch.nn.Parameter(ctx.to(model.text_projection.device))
 
-        # the prompts (equations 2 and 3): ids of context vectors around the tokens of the name
+        # the prompts (section 3.2): ids of context vectors around the tokens of the name. Where the
+        # id CONTEXT + i stands, encode_rows will put row i of the context, (K * M, D) or (M, D)
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]
         prompts = []
         for k, name in enumerate(self.classnames):
@@ -121,46 +120,60 @@ class CoOp(torch.nn.Module):
             # "bat (animal).": n counts the bare name, as in the published code
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
-        self.packed = pack(model, prompts)
+        self.packed = pack(model, prompts)  # a list of Rows
+        self.eval()
 
     def text_features(self, ctx=None):
-        """Unit-norm features (K, E) of the prompts, with `ctx` or another context of its shape."""
+        """Unit-norm features (K, E) of the prompts, with the learned context or with another one of
+        its shape, such as one shifted by an image's feature."""
         ctx = self.ctx if ctx is None else ctx
         if ctx.shape != self.ctx.shape:
             raise ValueError(f"a context of shape {tuple(ctx.shape)}, not {tuple(self.ctx.shape)}")
         return encode_prompts(self.clip_model, self.packed, ctx)
 
     def forward(self, image_features, text_features=None):
-        """Logits (B, K) of image features (B, E): cosines times exp(logit_scale), CLIP's frozen
-        1 / temperature; their softmax is equation 1. text_features: (K, E), if at hand."""
+        """Logits (B, K) of image features x (B, E): s cos(w_k, x), where w_k is the text feature of
+        class k and s = exp(logit_scale), CLIP's frozen 1 / temperature. Their softmax gives the
+        probabilities p(k | x) = exp(s cos(w_k, x)) / sum_j exp(s cos(w_j, x)), section 3.2.
+
+        text_features: (K, E), if at hand. `fit` passes them; a method of your own whose prompts
+        depend on the image ignores them.
+        """
         text_features = self.text_features() if text_features is None else text_features
         cosines = F.normalize(image_features, dim=-1) @ text_features.T
         return self.clip_model.logit_scale.exp() * cosines
 
     def loss(self, logits, labels, text_features):
-        """The training loss: cross-entropy, the mean of -log p(label) by equation 1. A method of
+        """The training loss: cross-entropy, the mean of -log p(label | x) over a batch. A method of
         your own may also use the text features (K, E), for instance to regularise them."""
         return F.cross_entropy(logits, labels)
 
-    def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, progress=True):
+    def fit(self, image_features, labels, epochs=None, lr=0.002, batch_size=32, optimizer=None,
+            progress=None):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
         labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). An
-        incomplete last batch is dropped; its images differ by epoch. `history_` holds the loss,
-        training accuracy (%) and lr of every epoch. Raises RuntimeError if the training diverges.
+        incomplete last batch is dropped; its images differ by epoch. optimizer: your own, in place
+        of SGD with `lr`; its rates follow the same schedule (its step hooks can set another, or
+        average). progress: whether to show a bar; None: in a terminal only. `history_` holds loss,
+        training accuracy and lr of every epoch. Raises RuntimeError if the training diverges.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
         y = self._labels(labels, N)
         epochs = n_epochs(y.bincount().max()) if epochs is None else epochs
         batch_size = min(int(batch_size), N)
-        optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        if optimizer is None:
+            optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         generator = torch.Generator().manual_seed(self.seed)  # the same order on every device
         self.history_ = {"loss": [], "accuracy": [], "lr": []}
         self.train()  # matters to subclasses with dropout
-        for epoch in tqdm(range(epochs), desc="learning the context", disable=not progress):
-            optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
+        hidden = None if progress is None else not progress  # as tqdm takes it
+        for epoch in tqdm(range(epochs), "learning the context", disable=hidden):
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = learning_rate(epoch, epochs, group["initial_lr"])
             order = torch.randperm(N, generator=generator).to(x.device)
             features = x  # (N, E)
             if x.ndim == 3:  # a random one of the A views of each image
@@ -178,7 +191,7 @@ class CoOp(torch.nn.Module):
                 losses.append(loss.detach())
                 hits.append(logits.argmax(1) == y[batch])
             self.history_["loss"].append(torch.stack(losses).mean().item())
-            self.history_["accuracy"].append(100 * torch.cat(hits).float().mean().item())
+            self.history_["accuracy"].append(torch.cat(hits).float().mean().item())
             self.history_["lr"].append(optimizer.param_groups[0]["lr"])
         if not all(p.isfinite().all() for p in self.parameters()):
             raise RuntimeError("training diverged to NaN or infinity: use a smaller lr")
@@ -186,8 +199,12 @@ class CoOp(torch.nn.Module):
 
     @torch.no_grad()
     def predict_proba(self, image_features):
-        """Class probabilities (N, K) of image features (N, E), equation 1."""
-        return self(self._features(image_features)).softmax(1)
+        """Class probabilities (N, K) of image features (N, E), in eval mode."""
+        training = self.training
+        self.eval()  # for layers that a subclass added, and for a score amid training
+        probabilities = self(self._features(image_features)).softmax(1)
+        self.train(training)
+        return probabilities
 
     def predict(self, image_features):
         """Class indices (N,) of image features (N, E)."""
@@ -205,15 +222,15 @@ class CoOp(torch.nn.Module):
         Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such
         lists. They say little: random vectors have nearest words, too.
         """
-        def words_of(ctx):  # (M, D)
-            distances = torch.cdist(ctx, self.clip_model.token_embedding.weight)  # (M, vocabulary)
-            nearest = []
-            for values, ids in zip(*distances.topk(k, largest=False)):
-                words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
-                nearest.append(list(zip(words, values.tolist())))
-            return nearest
-
-        return [words_of(ctx) for ctx in self.ctx] if self.class_specific else words_of(self.ctx)
+        embedding = self.clip_model.token_embedding.weight  # (vocabulary, D)
+        distances = torch.cdist(self.ctx.flatten(0, -2), embedding)  # (M or K * M, vocabulary)
+        nearest = []
+        for values, ids in zip(*distances.topk(k, largest=False)):
+            words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
+            nearest.append(list(zip(words, values.tolist())))
+        M = self.n_ctx
+        by_class = [nearest[i:i + M] for i in range(0, len(nearest), M)]
+        return by_class if self.class_specific else nearest
 
     def save(self, path):
         """Writes what was learned, without CLIP."""
@@ -222,9 +239,10 @@ class CoOp(torch.nn.Module):
                     "clip": fingerprint(self.clip_model)}, path)
 
     @classmethod
-    def load(cls, path, model, classnames=None):
+    def load(cls, path, model, classnames=None, **settings):
         """A new CoOp with a saved context, on the CLIP that it was learned with; a unified context
-        also takes other class names. Raises ValueError for another file, CLIP or list of names."""
+        also takes other class names. settings: what a subclass takes beside CoOp's own arguments.
+        Raises ValueError for another file, CLIP or list of names."""
         saved = read_tensors(path)
         if "clip" not in saved:
             raise ValueError(f"{path} was not written by CoOp.save")
@@ -234,21 +252,28 @@ class CoOp(torch.nn.Module):
         if saved["class_specific"] and list(names) != saved["classnames"]:
             raise ValueError(f"{path} is class-specific: only for its own classes, in their order")
         coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], seed=saved["seed"],
-                   class_specific=saved["class_specific"], class_position=saved["class_position"])
+                   class_specific=saved["class_specific"], class_position=saved["class_position"],
+                   **settings)
         coop.load_state_dict(saved["state"])
         return coop.eval()
 
     def _features(self, image_features, dims=(2,)):
         """Image features in float32 on the right device."""
-        x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
         E = self.clip_model.text_projection.shape[1]
-        if x.ndim not in dims or x.shape[-1] != E or not x.isfinite().all():
-            raise ValueError(f"image features of this CLIP are (N, {E}), for `fit` also (N, views, "
-                             f"{E}), all finite; not {tuple(x.shape)}, {x.isfinite().sum()} finite")
+        try:
+            x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
+            right = x.ndim in dims and x.shape[-1] == E and x.numel() and x.isfinite().all()
+        except (RuntimeError, TypeError, ValueError):  # of images, or of a list of vectors
+            right = False
+        if not right:
+            found = getattr(image_features, "shape", type(image_features).__name__)
+            raise ValueError(f"image features of this CLIP are one tensor or array (N, {E}), for "
+                             f"`fit` also (N, A, {E}), not empty and all finite; not {found}")
         return x
 
     def _labels(self, labels, N):
         """Labels (N,), checked, on the context's device."""
+        # NumPy takes lists of names, too, which are then refused by their kind
         y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
         if y.shape != (N,) or y.dtype.kind not in "iu":
             raise ValueError(f"labels are {N} integers, one per image, not {y.shape} {y.dtype}")
@@ -262,7 +287,7 @@ def learning_rate(epoch, epochs, lr=0.002):
     """The paper's schedule: epoch 0 at 1e-5, to warm up, then a cosine that starts at `lr`."""
     if epoch == 0:
         return min(1e-5, lr)
-    # as published, over `epochs`, not `epochs - 1`: the last rate is a little above zero
+    # as published, the cosine's period is `epochs`: starting one epoch late, it does not finish
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
@@ -272,18 +297,110 @@ def n_epochs(shots):
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
-# ---------------------------------------- the text side
+# ---------------------------------------- the text encoder
 
-# The text transformer is causal: a token sees only what stands before it. So the tokens that all
-# prompts share at their start, the trunk, have the same outputs in each and are computed once;
-# nothing after an EOT counts. A row begins with the trunk; the rest of every prompt hangs behind:
+# CLIP's text encoder with two liberties. A context vector can stand in the place of a token's
+# embedding; and the position of each token and the tokens that it sees are given from outside, so
+# where it lies in its row does not matter. CLIP's own encoder is causal: a token sees itself and
+# what stands before it. With one prompt per row, positions 0, 1, 2 .. and a triangle of visible
+# tokens, this one is the same. tests/reference.py is that plain way in 40 lines.
+# Shapes: R rows of L tokens.
+
+class Rows(NamedTuple):
+    """Prompts as tensors."""
+    tokens: torch.Tensor  # (R, L) ids
+    position: torch.Tensor  # (R, L), of each token in its own prompt
+    visible: torch.Tensor  # (R, L, L), whether token i of a row sees token j
+    ends: torch.Tensor  # one per prompt, in their order: the place of its EOT in tokens.flatten()
+
+
+def to_rows(rows, device):
+    """Lists of (token id, position, owner), one list per row -> Rows. A token sees those before it
+    that have the same owner, its prompt's number, or the owner -1, which belongs to all."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    # short rows are padded with zeros at the end, which no token sees, as it looks only back
+    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
+    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L)
+    visible |= owner[:, None, :] == -1
+    ends = (tokens.flatten() == EOT).nonzero()[:, 0]
+    return Rows(tokens, position, visible.tril(), ends)
+
+
+def encode_rows(model, ctx, tokens, position, visible, ends):
+    """Features of the prompts in these Rows, one per EOT, not normalised. ctx: (M, D), (K, M, D),
+    or None if the prompts hold no context."""
+    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); context ids are set below
+    if ctx is not None:
+        vectors = ctx.flatten(0, -2).to(x.dtype)  # row i is what CONTEXT + i stands for
+        i = (tokens - CONTEXT).clamp(min=0)
+        x = torch.where(tokens[..., None] < CONTEXT, x, F.embedding(i, vectors))
+    x = x + model.positional_embedding[position]
+    x = x.transpose(0, 1)  # (L, R, D), as CLIP's blocks want it
+    n_heads = model.transformer.resblocks[0].attn.num_heads
+    mask = torch.where(visible, 0.0, -math.inf).to(x.dtype)
+    mask = mask.repeat_interleave(n_heads, dim=0)  # (R * n_heads, L, L): one for each head
+    for block in model.transformer.resblocks:
+        h = block.ln_1(x)
+        x = x + block.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
+        if block is model.transformer.resblocks[-1]:  # from here on only the EOTs count
+            x = x.transpose(0, 1).flatten(0, 1)[ends]  # (prompts, D)
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_final(x) @ model.text_projection
+
+
+def encode_prompts(model, packed, ctx=None):
+    """Unit-norm text features (K, E) of a list of Rows. If there are several, the backward pass
+    computes each of them once more instead of keeping all in memory."""
+    features = []
+    for rows in packed:
+        if len(packed) == 1:
+            features.append(encode_rows(model, ctx, *rows))
+        else:
+            features.append(checkpoint(encode_rows, model, ctx, *rows, use_reentrant=False,
+                                       preserve_rng_state=False))
+    return F.normalize(torch.cat(features), dim=-1)
+
+
+# ---------------------------------------- packing: the same features from fewer tokens
+
+# This part is about speed and memory alone and can be skipped at first reading. The tokens that all
+# prompts share at their start, the trunk, have the same outputs in each prompt, as a token sees
+# only what stands before it. So they are computed once; and nothing after an EOT counts. A row
+# begins with the trunk, and the rest of each prompt, its branch, hangs behind:
 #
 #     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
 #     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
 #
 # A token sees the trunk and what stands before it in its own branch. Many prompts fill several
-# rows, each with a copy of the trunk. Up to rounding this is exact, gradients too. Shapes: R rows
-# of L tokens, the first P of which are the trunk.
+# rows, each with a copy of the trunk. Up to rounding this is exact, gradients too. Class-specific
+# prompts share SOS alone, so they gain less.
+
+def pack(model, prompts, row_tokens=None, part_tokens=3200):
+    """K prompts, lists of token ids -> a list of Rows, the prompts in their order. row_tokens:
+    about how many branch tokens a row holds; part_tokens: about how many tokens one Rows holds."""
+    longest = max(prompts, key=len)
+    if len(longest) > model.context_length:
+        ids = [i for i in longest if i < SOS]
+        raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
+                         f"but CLIP reads {model.context_length}: shorten name or context")
+    # the length of the trunk (commonprefix takes lists, too); a prompt keeps at least its EOT
+    P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
+    # `python tests/benchmark.py --row-tokens` chose, and so are the 3200
+    row_tokens = row_tokens or 72 + 8 * P
+    trunk = [(prompts[0][p], p, -1) for p in range(P)]  # (token id, position, owner)
+    rows = []
+    for k, prompt in enumerate(prompts):
+        branch = [(prompt[p], p, k) for p in range(P, len(prompt))]
+        if not rows or len(rows[-1]) + len(branch) > P + row_tokens:
+            rows.append(list(trunk))  # a new row
+        rows[-1] += branch
+    per_part = max(1, part_tokens // max(map(len, rows)))  # rows in one Rows
+    device = model.text_projection.device
+    return [to_rows(rows[i:i + per_part], device) for i in range(0, len(rows), per_part)]
+
+
+# ---------------------------------------- names and checks
 
 def token_ids(text):
     """The ids of a text's tokens, without SOS and EOT even if it spells them; "_" is a space."""
@@ -291,10 +408,9 @@ def token_ids(text):
 
 
 def check_names(classnames):
-    """Class names as a list; warns of those that CLIP cannot tell apart."""
+    """Class names as a list; warns of those that the same context cannot tell apart."""
     names = list(classnames)
-    are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
-    if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
+    if isinstance(classnames, (str, dict, set, frozenset)) or not all(map(is_text, names)):
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
     names = [str(name) for name in names]  # `load` would refuse NumPy's strings
     groups = {}  # token ids -> the names that have them
@@ -305,78 +421,18 @@ def check_names(classnames):
     return names
 
 
+def is_text(value):
+    """Whether CLIP can read it. Bytes of an unknown coding, in a folder's name, are surrogates."""
+    surrogates = range(0xD800, 0xE000)
+    return (isinstance(value, str) and bool(token_ids(value))
+            and not any(ord(sign) in surrogates for sign in value))
+
+
 def check_clip(model):
     """The model, if it is a CLIP in float32; else raises ValueError."""
     if not isinstance(model, clip.model.CLIP) or model.text_projection.dtype != torch.float32:
         raise ValueError("a CLIP in float32 is needed: model, preprocess = load_clip()")
     return model
-
-
-def pack(model, prompts, row_tokens=None):
-    """K prompts, lists of token ids -> rows for `encode_rows`: tokens (R, L), position (R, L) and
-    visible (R, L, L), whether token i of a row sees token j. The EOTs, read row by row, are in the
-    order of the prompts. row_tokens: about how many branch tokens a row holds."""
-    longest = max(prompts, key=len)
-    if len(longest) > model.context_length:
-        ids = [i for i in longest if i < SOS]
-        raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
-                         f"but CLIP reads {model.context_length}: shorten name or context")
-    # the trunk (commonprefix takes lists, too); every prompt keeps at least its EOT
-    P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    # a compromise: short rows cost less attention, long ones repeat fewer trunks
-    row_tokens = row_tokens or 72 + 8 * P
-    rows = []
-    for k, prompt in enumerate(prompts):
-        branch = [(prompt[p], p, k) for p in range(P, len(prompt))]  # (id, position, owner)
-        if not rows or len(rows[-1]) + len(branch) > P + row_tokens:  # a new row: the trunk
-            rows.append([(prompt[p], p, -1) for p in range(P)])
-        rows[-1] += branch
-    rows = [torch.tensor(row, device=model.text_projection.device) for row in rows]
-    # zeros pad short rows at the end, owner 0 too: tril() hides them from every real token
-    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
-    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): its own branch
-    visible[:, :, :P] = True  # and the trunk
-    return tokens, position, visible.tril()
-
-
-def encode_rows(model, ctx, tokens, position, visible):
-    """CLIP's text encoder on packed rows -> features at their EOTs, not normalised.
-
-    ctx: (M, D) or (K, M, D); the id CONTEXT + i stands for row i of ctx.flatten(0, -2). None: the
-    prompts hold no such ids. The blocks are CLIP's own, with our mask."""
-    x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); context ids are set below
-    if ctx is not None:
-        learned = tokens >= CONTEXT
-        x[learned] = ctx.flatten(0, -2)[tokens[learned] - CONTEXT]
-    x = (x + model.positional_embedding[position]).transpose(0, 1)  # (L, R, D)
-    n_heads = model.transformer.resblocks[0].attn.num_heads
-    mask = torch.where(visible, 0.0, -math.inf)
-    mask = mask.repeat_interleave(n_heads, dim=0)  # (R * n_heads, L, L): one for each head
-    for block in model.transformer.resblocks:
-        h = block.ln_1(x)
-        x = x + block.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
-        if block is model.transformer.resblocks[-1]:  # from here on only the EOTs count
-            x = x.transpose(0, 1)[tokens == EOT]  # (K, D), or this part's share of K
-        x = x + block.mlp(block.ln_2(x))
-    return model.ln_final(x) @ model.text_projection
-
-
-def encode_prompts(model, packed, ctx=None, part_tokens=3200):
-    """Unit-norm text features (K, E), float32, of packed prompts. Above 2 * part_tokens tokens in
-    all, rows are encoded in parts, each recomputed in the backward pass: less memory for one more
-    forward pass. On GPUs with bfloat16 the frozen encoder always runs in it."""
-    device = model.text_projection.device
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    R, L = packed[0].shape
-    rows_per_part = R if R * L <= 2 * part_tokens else max(1, part_tokens // L)
-    # one (tokens, position, visible) for each part
-    parts = list(zip(*[tensor.split(rows_per_part) for tensor in packed]))
-    encode = encode_rows
-    if len(parts) > 1:
-        encode = partial(checkpoint, encode_rows, use_reentrant=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        features = torch.cat([encode(model, ctx, *part) for part in parts])
-    return F.normalize(features.float(), dim=-1)
 
 
 # ---------------------------------------- the rivals
@@ -391,11 +447,13 @@ def zero_shot_weights(model, classnames, templates):
     check_clip(model)
     names = check_names(classnames)
     templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates:
+        raise ValueError("no template: one such as 'a photo of a {}.' is needed")
     total = 0
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"the template {template!r} has no {{}} for the class name")
-        texts = [template.replace("{}", n) for n in names]
+        texts = [template.replace("{}", name) for name in names]
         prompts = [[SOS, *token_ids(text), EOT] for text in texts]
         total = total + encode_prompts(model, pack(model, prompts))
     return F.normalize(total, dim=-1)
@@ -408,14 +466,15 @@ def linear_probe(train, train_labels, val, val_labels):
     the half of the range (in log space) beside its better end. Returns scikit-learn's object.
     """
     given = (train, train_labels, val, val_labels)
-    x, y, x_val, y_val = [torch.as_tensor(values).cpu().numpy() for values in given]
+    x, y, x_val, y_val = [np.asarray(v.cpu() if torch.is_tensor(v) else v) for v in given]
 
     @cache  # the search comes back to one end of its range in every step
     def fitted(log_C):
         probe = LogisticRegression(C=10 ** log_C, max_iter=1000).fit(x, y)
         return probe.score(x_val, y_val), probe
 
-    with warnings.catch_warnings():
+    # one thread is several times faster for such small matrices, and always gives the same
+    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of slow convergence and of few images per class
         best = max((6, 4, 2, 0, -2, -4, -6), key=lambda log_C: fitted(log_C)[0])
         low = best - 1
@@ -433,24 +492,28 @@ def linear_probe(train, train_labels, val, val_labels):
 
 # ---------------------------------------- CLIP, frozen
 
+DATA = Path(__file__).resolve().with_name("data")
+# where your own weights (ROOT/clip) and data sets (ROOT/<name>) lie
+ROOT = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
+
+
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
 
     name: "mini" (ours, which knows icons), a name of `clip.available_models()` (OpenAI's, in
     $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or the path of a state dict in OpenAI's
-    layout. device: None takes CUDA where there is one. Raises ValueError for other names and files.
+    layout. device: None takes CUDA where there is one. Raises ValueError for other names and files,
+    RuntimeError if OpenAI's file is neither there nor can be downloaded.
     """
     name = str(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name in clip.available_models():  # a TorchScript archive, opened if its SHA-256 is right
-        model, _ = clip.load(name, "cpu", download_root=None if LAB == DATA else LAB / "clip")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name in clip.available_models():
+        model = load_openai(name)
     else:
         path = DATA / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
         if name != "mini" and not path.is_file():
             raise ValueError(f"no CLIP called {name!r}: neither 'mini', nor one of "
                              f"{', '.join(clip.available_models())}, nor a file")
-        if name == "mini" and hashlib.sha256(path.read_bytes()).hexdigest() != MINI_SHA256:
-            raise ValueError(f"{path} is damaged: `git checkout data` restores it")
         state = read_tensors(path)
         if not {"visual.proj", "visual.attnpool.k_proj.weight"} & set(state):
             raise ValueError(f"{path} is no state dict of OpenAI's CLIP: it begins with "
@@ -459,8 +522,21 @@ def load_clip(name="mini", device=None):
         model.load_state_dict(state, strict=False)  # again, as build_model rounds to float16
     if not all(x.isfinite().all() for x in model.state_dict().values()):
         raise ValueError(f"CLIP {name}: some weights are NaN or infinite")
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False).to(device)
+    if device.type in ("cpu", "cuda"):
+        model = model.to(memory_format=torch.channels_last)  # convolutions are faster
     return model, clip.clip._transform(model.visual.input_resolution)
+
+
+def load_openai(name):
+    """OpenAI's CLIP on the CPU: a TorchScript archive, which is opened if its SHA-256 is right."""
+    folder = Path("~/.cache/clip").expanduser() if ROOT == DATA else ROOT / "clip"
+    try:
+        return clip.load(name, "cpu", download_root=str(folder))[0]
+    except (OSError, RuntimeError) as error:
+        url = clip.clip._MODELS[name]
+        raise RuntimeError(f"CLIP {name}: {folder / url.split('/')[-1]} is missing or damaged, and "
+                           f"the download failed ({error}). Put {url} there") from error
 
 
 def read_tensors(path):
@@ -477,64 +553,92 @@ def fingerprint(model):
     return torch.stack([x.flatten()[0].float().cpu() for x in model.state_dict().values()])
 
 
+# ---------------------------------------- images
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = {key for key, value in Image.registered_extensions().items() if value in FORMATS}
+SOURCES = (str, Path, zipfile.Path, Image.Image)  # what an image can be given as
+
+
 def open_image(source):
     """A path, also into an archive (zipfile.Path), or a PIL image -> an RGB image, upright by its
-    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images."""
-    if isinstance(source, zipfile.Path):
-        source = source.open("rb")
-    image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images, and where
+    white leaves nothing to see; OSError for what is no image."""
+    image = source
+    if not isinstance(source, Image.Image):
+        file = (Path(source) if isinstance(source, str) else source).open("rb")
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:  # a page of HTML? a pointer of Git LFS?
+            file.seek(0)
+            raise OSError(f"no image: it begins with {file.read(24)}") from None
+    if 0 in image.size:
+        raise ValueError(f"no pixels: {image.size[0]} x {image.size[1]}")
     if image.mode[0] in "IF":  # their range is anybody's guess, and PIL would cut them off at 255
         raise ValueError(f"16-bit or float values (PIL's mode {image.mode}): convert to 8 bits")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF can raise anything: the photo is taken as it lies
+        pass
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(ground, image).convert("RGB")
+    if image.getextrema() == ((255, 255),) * 3:
+        raise ValueError("white on a transparent ground, so nothing is left to see on white: give "
+                         "it a background")
+    return image
 
 
 @torch.no_grad()
-def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, progress=True):
+def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, progress=None):
     """CLIP's image features (N, E), not normalised, float32, on the model's device.
 
-    images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform; views=A >
-    1 gives (N, A, E), of random crops and flips (the paper's augmentation), drawn once by `seed`;
-    `fit` picks among them. batch_size: views at a time. ValueError lists all unreadable images.
+    images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform. views=A
+    for A > 1 gives (N, A, E), of random crops and flips (the paper's augmentation) that `seed`
+    draws in the order of the list; `fit` picks among them. batch_size: views at a time. progress:
+    as in `fit`. Raises ValueError for anything else and, with a list, for unreadable images.
     """
     check_clip(model)
-    images = list(images)
-    if not images or views < 1:
-        raise ValueError("no images to encode, or no views")
-    unreadable = []
+    images = [[images]] if isinstance(images, SOURCES) else list(images)  # one alone is refused
+    wrong = [type(image).__name__ for image in images if not isinstance(image, SOURCES)]
+    if wrong or not images or views < 1:
+        found = f"a list with a {wrong[0]}" if wrong else f"{len(images)} images, {views} views"
+        raise ValueError("images are a list of paths or PIL images, one or more (of a Split: "
+                         f"split.images), views from 1; not {found}")
+    n_px = model.visual.input_resolution
     if views > 1:
-        n_px = model.visual.input_resolution
         crop = transforms.RandomResizedCrop(n_px, (0.08, 1), interpolation=Image.BICUBIC)
         preprocess = transforms.Compose([crop, transforms.RandomHorizontalFlip(), preprocess])
+    unreadable = []
 
     def pixels_of(source):  # (A, 3, n_px, n_px)
         try:
             image = open_image(source)
-        except Exception as error:  # files can raise anything
-            unreadable.append(f"{str(source)[:200]} ({error!r})")
-            image = Image.new("RGB", (1, 1))  # a stand-in
-        return torch.stack([preprocess(image) for _ in range(views)])
+            return torch.stack([preprocess(image) for _ in range(views)]).float()
+        except Exception as error:  # files can raise anything; all are named at the end
+            unreadable.append(f"{str(source)[:200]} ({error})")
+            return torch.zeros(views, 3, n_px, n_px)
 
     device = model.text_projection.device
     model.eval()  # in training mode a ResNet would mix the images of a batch
-    lazy = any(isinstance(image, Image.Image) for image in images)
-    workers = 1 if views > 1 or lazy else None  # crops in order, no PIL image twice at once
+    # threads read files side by side, but only one draws crops, which come in order, or loads PIL
+    # images, as the same one may stand in the list twice
+    one_by_one = views > 1 or any(isinstance(image, Image.Image) for image in images)
     size = max(1, batch_size // views)
-    starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=not progress)
+    hidden = None if progress is None else not progress  # as tqdm takes it
+    starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=hidden)
     features = []
-    with ThreadPoolExecutor(workers) as threads, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with ThreadPoolExecutor(1 if one_by_one else None) as pool, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a card, too
         for start in starts:
-            pixels = torch.cat(list(threads.map(pixels_of, images[start:start + size])))
-            with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-                x = model.encode_image(pixels.to(device)).float()  # (B * A, E)
+            pixels = torch.cat(list(pool.map(pixels_of, images[start:start + size])))
+            x = model.encode_image(pixels.to(device))  # (B * A, E)
             features.append(x.unflatten(0, (-1, views)))  # (B, A, E)
     if unreadable:
-        raise ValueError(f"{len(unreadable)} of {len(images)} images cannot be read:\n"
-                         + "\n".join(unreadable))
+        ten = "; ".join(unreadable[:10]) + "; ..." * (len(unreadable) > 10)
+        raise ValueError(f"{len(unreadable)} of {len(images)} images cannot be read: {ten}")
     features = torch.cat(features)
     return features if views > 1 else features[:, 0]
 
@@ -542,8 +646,10 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 # ---------------------------------------- data sets
 
 SPLITS = ("train", "val", "test")
-ROLES = set("train training val valid validation test testing set image images img input inputs "
-            "mask masks label labels annotations gt target targets".split())  # of no class
+# folders with these names alone are parts of a data set, not classes
+ROLES = {"train", "training", "val", "valid", "validation", "test", "testing", "set", "image",
+         "images", "img", "input", "inputs", "mask", "masks", "label", "labels", "annotations",
+         "gt", "target", "targets"}
 
 
 class Split(NamedTuple):
@@ -566,20 +672,25 @@ class Dataset(NamedTuple):
 def load_dataset(name, template=None):
     """Reads a Dataset; images are opened only when they are encoded.
 
-    name: the name of a folder with a dataset.json (data/README.md has its form) in data/ or
-    $MINI_COOP_ROOT, or the path of such a folder or of one with a folder per class,
-    `<root>/<class>/*.jpg`, with or without train/, val/, test/ above. Without them each class is
-    dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in place of
-    the data set's own. Raises ValueError for an unknown name and for any other form.
+    name: the name of a folder with a dataset.json in data/ (data/README.md has its form), or of any
+    data set in $MINI_COOP_ROOT; or the path of a folder that has a dataset.json or one folder per
+    class, `<root>/<class>/*.jpg`, with or without train/, val/, test/ above. Without them each
+    class is dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in
+    place of the data set's own. Raises ValueError for an unknown name and for any other form.
     """
-    files = [*LAB.glob("*/dataset.json"), *DATA.glob("*/dataset.json")]  # the last one wins
-    known = {file.parent.name: file.parent for file in files}
-    folder = known.get(name, Path(name).expanduser())  # a Path, or "./objects": a folder of yours
-    if name in known and Path(name).is_dir():
-        warnings.warn(f"{name}: the folder here is not read; write './{name}'", stacklevel=2)
-    if not folder.is_dir():
-        raise ValueError(f"no data set {str(name)!r}: neither a folder nor one of {sorted(known)} "
-                         f"in {DATA} and {LAB}")
+    places = [Path(name).expanduser()]
+    if str(name) == places[0].name:  # a name; a Path or "./objects" of yours is a path
+        own = [DATA / name] if (DATA / name / "dataset.json").is_file() else []
+        places = [*own, ROOT / name, *places]
+    found = list(dict.fromkeys(place.resolve() for place in places if place.is_dir()))
+    if not found:
+        known = sorted(file.parent.name for file in DATA.glob("*/dataset.json"))
+        raise ValueError(f"no data set {str(name)!r}: neither a folder, here or in {ROOT}, nor one "
+                         f"of {', '.join(known)}")
+    folder = found[0]
+    for other in found[1:]:
+        warnings.warn(f"{name}: read from {folder}; for {other} write its path, such as './{name}'",
+                      stacklevel=2)
     data = read_json(folder) if (folder / "dataset.json").is_file() else read_folders(folder)
     for part, split in (("training", data.train), ("test", data.test)):
         if absent := set(range(len(data.classnames))) - set(split.labels):
@@ -593,33 +704,54 @@ def read_json(folder):
     """A folder with a dataset.json -> Dataset."""
     file = folder / "dataset.json"
     try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
+        spec = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows may put a mark before it
+        splits = spec["splits"]
+        domains = spec.get("domains", {})
+        if set(splits) - set(SPLITS) or set(domains) & set(SPLITS):
+            raise ValueError(f"splits are {SPLITS}, and domains have other names")
+        if "{}" not in str(spec["template"]):
+            raise ValueError(f"the template has no {{}} for the class name: {spec['template']!r}")
         names = check_names(spec["classnames"])
         root = folder / spec.get("images", ".")
         root = zipfile.Path(root) if root.is_file() else root
         parts = {}
-        for part, rows in [*spec["splits"].items(), *spec.get("domains", {}).items()]:
-            if part in parts or (part in SPLITS) != (part in spec["splits"]):
-                raise ValueError(f"{part!r}: splits are {SPLITS}, domains have other names")
-            parts[part] = Split([root / image for image, _ in rows], [label for _, label in rows])
-            if not set(parts[part].labels) <= set(range(len(names))):
+        for part, rows in {**splits, **domains}.items():
+            images = [root / path.replace("\\", "/") for path, _ in rows]
+            parts[part] = Split(images, [label for _, label in rows])
+            labels = set(parts[part].labels)
+            if not labels <= set(range(len(names))):
                 raise ValueError(f"{part!r} has labels that are not 0 to {len(names) - 1}")
-        splits = [parts.pop(part, Split([], [])) for part in SPLITS]
-        return Dataset(folder.resolve().name, names, spec["template"], *splits, parts)
+            if part in domains and len(labels) < 2:  # among one class every method is right
+                raise ValueError(f"the domain {part!r} has images of {len(labels)} classes only")
     except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is not in our form (data/README.md): {error!r}") from error
+    splits = [parts.get(part, Split([], [])) for part in SPLITS]
+    domains = {part: parts[part] for part in domains}
+    return Dataset(folder.name, names, spec["template"], *splits, domains)
+
+
+def files_below(root, path=Path(), above=()):
+    """All files and folders below a root, as paths from there, but hidden ones. Links are followed,
+    but not back to a folder that they lie in."""
+    real = (root / path).resolve()
+    if real in above:
+        return
+    for name in sorted(os.listdir(real)):
+        if not name.startswith("."):
+            yield path / name
+            if (real / name).is_dir():
+                yield from files_below(root, path / name, (*above, real))
 
 
 def read_folders(root):
     """<root>/<class>/*.jpg, or the same below train/, val/ and test/ -> Dataset."""
-    # glob leaves hidden files out and follows links
-    found = sorted(map(Path, glob.glob("**/*", root_dir=root, recursive=True)))
+    found = list(files_below(root))
     images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    images = [path for path in images if not (root / path).is_dir()]
+    images = sorted(path for path in images if not (root / path).is_dir())
     used = set(images).union(*[path.parents for path in images])
     if others := [str(path) for path in found if path not in used]:
-        warnings.warn(f"{root}: not read, as no {', '.join(FORMATS)}: {', '.join(others)[:200]}",
-                      stacklevel=3)
+        warnings.warn(f"{root}: not read, as they are none of {', '.join(FORMATS)}: "
+                      f"{', '.join(others)[:200]}", stacklevel=3)
     in_splits = any(path.parts[0] in SPLITS and len(path.parts) == 3 for path in images)
     depth = 3 if in_splits else 2  # of train/cat/1.jpg, of cat/1.jpg
     odd = []  # images at another depth
@@ -647,24 +779,25 @@ def read_folders(root):
         for part, path in zip(parts, own):
             splits[part].images.append(root / path)
             splits[part].labels.append(label)
-    return Dataset(root.resolve().name, names, "a photo of a {}.", *splits.values(), {})
+    return Dataset(root.name, names, "a photo of a {}.", *splits.values(), {})
 
 
 def few_shot(data, shots, seed):
     """The published few-shot sample: a Dataset with `shots` training images per class, and
     min(shots, 4) validation images for the linear probe. A class with fewer gives all it has, with
     a warning. On the paper's splits, seeds 1, 2 and 3 reproduce its samples."""
-    if shots < 1:
-        raise ValueError(f"shots begin at 1, not {shots}")
+    if not isinstance(shots, (int, np.integer)) or shots < 1:
+        raise ValueError(f"shots are a whole number from 1, not {shots!r}")
     rng = random.Random(int(seed))
 
     def draw(kind, split, n):
         members = {}  # classes in the order of first appearance, on which the sample depends
         for image, label in zip(*split, strict=True):
             members.setdefault(int(label), []).append(image)
-        few = [data.classnames[k] for k, own in members.items() if len(own) < n]
-        if few:
-            warnings.warn(f"fewer than {n} {kind} images of {', '.join(few)[:200]}", stacklevel=3)
+        counts = [len(members.get(k, [])) for k in range(len(data.classnames))]
+        short = [f"{data.classnames[k]} ({count})" for k, count in enumerate(counts) if count < n]
+        if members and short:
+            warnings.warn(f"fewer than {n} {kind} images of {', '.join(short)[:200]}", stacklevel=3)
         drawn = Split([], [])
         for label, own in members.items():
             some = rng.sample(own, n) if len(own) >= n else own
@@ -677,4 +810,5 @@ def few_shot(data, shots, seed):
 
 
 if __name__ == "__main__":  # the main job
+    sys.path.append(str(DATA))
     runpy.run_path(str(DATA / "grid.py"), run_name="__main__")

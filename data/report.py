@@ -1,0 +1,188 @@
+"""Reads results, one JSON line per run, and shows them: averages, tables, the figure over shots.
+
+A line has the model, the data set, the method, what that method depends on (a template; or n_ctx,
+class_position, ctx_init, epochs and views), shots, seed, and accuracy: {"test": %, a domain: %}.
+"""
+import json
+import warnings
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+DATA = Path(__file__).resolve().parent
+LOOKS = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
+         "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line
+METHODS = tuple(LOOKS)  # those that learn from shots
+RECIPE = {"n_ctx": 16, "class_position": "end", "ctx_init": None, "epochs": None, "views": 1}
+RESULT = ("accuracy", "file")  # what a run gives; all else in its line is what it is known by
+MACHINE = ("weights", "images", "device", "torch")
+OWN = "their own templates"  # of several data sets
+
+
+class Results(NamedTuple):
+    """The lines of one data set and one setting; of several data sets, their averages."""
+    lines: list
+    template: str  # the data set's own
+    chance: float  # accuracy of guessing, in %
+
+    def accuracies(self, method, shots=None, split="test"):
+        """In %, one per seed. shots: None for what needs none; zero-shot: of the own template."""
+        return [line["accuracy"][split] for line in self.lines
+                if line["method"] == method and line.get("shots") == shots
+                and line.get("template", self.template) == self.template
+                and split in line["accuracy"]]
+
+    def zero_shot(self, split="test"):
+        return self.accuracies("zero-shot", split=split)[0]
+
+    def shots(self):
+        return sorted({line["shots"] for line in self.lines if "shots" in line})
+
+    def methods(self):
+        there = {line["method"] for line in self.lines}
+        return [method for method in METHODS if method in there]
+
+
+def read_lines(file):
+    """The lines of a results.jsonl, as dicts; none if there is no such file."""
+    lines = []
+    texts = Path(file).read_text(encoding="utf-8").splitlines() if Path(file).is_file() else []
+    for i, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            line["method"], line["accuracy"]["test"]
+            lines.append(line)
+        except (KeyError, TypeError, ValueError):  # a job was killed while it wrote
+            warnings.warn(f"{file}: line {i} is cut off and skipped, its run will be repeated")
+    return lines
+
+
+def known_by(line, without=RESULT):
+    """A run's line without these keys, as text."""
+    return json.dumps({k: v for k, v in line.items() if k not in without}, sort_keys=True)
+
+
+def select(lines, **wanted):
+    """The lines with these values; a line that lacks a key does not depend on it, so it is one of
+    them. Of runs that differ in machine or state of the data alone, the last one counts."""
+    last = {}
+    for line in lines:
+        if all(line.get(key, value) == value for key, value in wanted.items()):
+            last[known_by(line, RESULT + MACHINE)] = line
+    return sorted(last.values(), key=lambda line: (line.get("shots", 0), line.get("seed") or 0))
+
+
+def average(results):
+    """Several Results -> their average: a line for each method, shots and seed that all have."""
+    values = {}
+    for each in results:
+        for line in each.lines:
+            if line.get("template", each.template) == each.template:
+                run = known_by({key: line.get(key) for key in ("method", "shots", "seed")})
+                values.setdefault(run, []).append(line["accuracy"]["test"])
+    lines = [{**json.loads(run), "accuracy": {"test": mean(several)}}
+             for run, several in values.items() if len(several) == len(results)]
+    return Results(lines, OWN, mean(each.chance for each in results))
+
+
+def paper(model, name, **setting):
+    """The paper's numbers of a data set, as Results; None if it has none for this model. Of a
+    setting that it has not tried, those of the methods that do not depend on it."""
+    lines = select(read_lines(DATA / "published.jsonl"), model=model, data=name, **setting)
+    for line in lines:
+        if line["method"] == "zero-shot":
+            return Results(lines, line["template"], 100 / line["classes"])
+
+
+# ---------------------------------------------------------------- tables
+
+def format_mean(values):
+    """'61.2 ± 0.8', mean and standard deviation (the population's, as in the published code); of
+    one value '61.2', of none ''."""
+    spread = f" ± {pstdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}" if values else ""
+
+
+def format_row(name, cells, first=23, width=11):
+    """A line of a table: a column of `first` characters, then columns of `width`."""
+    return f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def tables(name, results, theirs=None, note=""):
+    """The tables of a data set as text, within 80 columns up to five numbers of shots. theirs: the
+    paper's Results; note: what differs there."""
+    lines = [f"{name}: zero-shot, accuracy in %"]
+    rows = {line.get("template", OWN): [line["accuracy"]["test"]]
+            for line in results.lines if line["method"] == "zero-shot"}
+    rows["untrained unified context"] = [mean(results.accuracies("untrained"))]
+    if theirs:
+        rows["  the paper, its template"] = [theirs.zero_shot()]
+    lines += [format_row(row, map(format_mean, [values]), 42, 7) for row, values in rows.items()]
+    lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds"]
+    lines += [note] if theirs and note else []
+    shots = results.shots()
+    lines.append(format_row("shots", map(str, shots)))
+    for method in results.methods():
+        for row, of in ((method, results), ("  the paper", theirs)):
+            values = [of.accuracies(method, n) for n in shots] if of else []
+            lines += [format_row(row, map(format_mean, values))] if any(values) else []
+    splits = list(results.lines[0]["accuracy"])
+    if len(splits) == 1:
+        return "\n".join(lines)
+    # the domains, at the largest number of shots
+    n = shots[-1]
+    columns = {"template": ("zero-shot", None)}
+    columns |= {method.split()[-1]: (method, n) for method in results.methods()}
+    lines += ["", format_row(f"domains, {n} shot{'s' * (n != 1)}", columns, 18, 15)]
+    for split in splits:
+        for row, of in ((split, results), ("  the paper", theirs)):
+            values = [of.accuracies(*by, split) for by in columns.values()] if of else []
+            lines += [format_row(row, map(format_mean, values), 18, 15)] if any(values) else []
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the figure
+
+def over_shots(panels, methods=METHODS):
+    """The paper's figure of {title: Results}: a panel for each, at most four in a row."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)  # rounded up
+    fig = Figure((max(5, 2.4 * columns), 2.4 * rows + 1), layout="constrained")
+    legend = {}
+    for i, (title, results) in enumerate(panels.items()):
+        ax = fig.add_subplot(rows, columns, i + 1)
+        draw_panel(ax, results, [method for method in results.methods() if method in methods])
+        ax.set_title(title, fontsize=11, parse_math=False)  # a folder's name may hold $
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            legend.setdefault(label, handle)
+    fig.supxlabel("labelled images per class (shots)", fontsize=10)
+    fig.supylabel("test accuracy, %", fontsize=10)
+    fig.legend(legend.values(), legend, loc="outside upper center", ncols=3 if columns > 2 else 2)
+    return fig
+
+
+def draw_panel(ax, results, methods):
+    """Accuracy over shots of one data set."""
+    if untrained := results.accuracies("untrained"):  # the paper has none
+        ax.axhline(mean(untrained), color="#CC79A7", label="untrained context")
+    ax.axhline(results.zero_shot(), color="black", lw=0.8, ls="--")
+    ax.plot(0, results.zero_shot(), "k*", ms=10, label="zero-shot, own template")
+    shots = results.shots()
+    for i, method in enumerate(methods):
+        apart = 0.02 * len(shots) * (i - (len(methods) - 1) / 2)  # so that equal marks can be seen
+        over = {1 + shots.index(n) + apart: results.accuracies(method, n) for n in shots}
+        over = {x: values for x, values in over.items() if values}
+        color, style = LOOKS[method]
+        ax.errorbar(list(over), list(map(mean, over.values())), list(map(pstdev, over.values())),
+                    fmt=style, color=color, ms=5, capsize=2, label=method)
+    low, high = ax.get_ylim()
+    more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
+    low = max(-1, min(low - more, 70))
+    high = min(101, max(high + more, low + 30))  # a mark at 100 can be seen
+    ax.set_ylim(low, high)
+    if low < results.chance < high:
+        ax.axhline(results.chance, color="gray", lw=0.8, ls=":", label="chance")
+    ax.set_xticks(range(len(shots) + 1), [0, *shots])
+    ax.grid(alpha=0.3)
