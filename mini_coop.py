@@ -50,7 +50,7 @@ from threadpoolctl import threadpool_limits
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 __all__ = ["CoOp", "encode_images", "few_shot", "learning_rate", "linear_probe", "load_clip",
            "load_dataset", "n_epochs", "open_image", "zero_shot_weights"]
@@ -89,9 +89,10 @@ class CoOp(torch.nn.Module):
         self.class_position = class_position
         self.seed = int(seed)
         # people mark a place for the name as {}, [CLASS], %s or <name>; in these words it has none
-        if ctx_init is not None and set(ctx_init) & set("{}[]%<>"):
-            raise ValueError(f"ctx_init takes words, no place for a name: {ctx_init!r}")
-        words = None if ctx_init is None else token_ids(ctx_init)
+        is_words = isinstance(ctx_init, str) and not set(ctx_init) & set("{}[]%<>")
+        if ctx_init is not None and not is_words:
+            raise ValueError(f"ctx_init is a text, with no place for a name: {ctx_init!r}")
+        words = token_ids(ctx_init) if is_words else None
         M = n_ctx if words is None else len(words)
         K = len(self.classnames)
         D = model.ln_final.weight.shape[0]
@@ -266,7 +267,8 @@ class CoOp(torch.nn.Module):
         except (RuntimeError, TypeError, ValueError):  # of images, or of a list of vectors
             right = False
         if not right:
-            found = getattr(image_features, "shape", type(image_features).__name__)
+            shape = getattr(image_features, "shape", None)
+            found = type(image_features).__name__ if shape is None else tuple(shape)
             raise ValueError(f"image features of this CLIP are one tensor or array (N, {E}), for "
                              f"`fit` also (N, A, {E}), not empty and all finite; not {found}")
         return x

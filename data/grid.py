@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -19,7 +18,7 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import mini_coop
 import report
@@ -232,7 +231,7 @@ def show_dataset(data, lines, folder, args):
         line["accuracy"]["mean of shifts"] = mean(line["accuracy"][name] for name in shifts)
     results = report.Results(lines, data.template, 100 / len(data.classnames))
     setting = {key: getattr(args, key) for key in report.RECIPE if key != "views"}
-    theirs = report.paper(args.model, data.name, **setting)
+    theirs = report.papers(args.model, **setting).get(data.name)
     if theirs and theirs[1:] != results[1:]:
         theirs = None  # other templates or classes: not the paper's data set
     note = "" if args.views > 1 else NOTE
@@ -255,7 +254,7 @@ def run_job(args):
           f"CPU threads: {torch.get_num_threads()}")
     for data in datasets:
         introduce(model, data, args)
-    label = re.sub(r"[^\w.-]+", "-", args.model).strip("-")  # a path has separators and colons
+    label = report.folder_name(args.model)
     panels = {}
     papers = []
     for data in datasets:

@@ -235,7 +235,7 @@ def prepare(name, root, out, images):
             f"{len(missing)} of {len(paths)} images are missing under {root}, first "
             f"{', '.join(missing[:3])}. If {root / folder.split('/')[0]} is only half unpacked, "
             "remove it and run this again")
-    data = {"format": 1, "name": name, "template": source.template, "classnames": classnames,
+    data = {"template": source.template, "classnames": classnames,
             "images": images, "splits": splits}
     # Domains that were added before stay, if they lie under the same root.
     path = out / name / "dataset.json"

@@ -4,6 +4,7 @@ A line has the model, the data set, the method, what that method depends on (a t
 class_position, ctx_init, epochs and views), shots, seed, and accuracy: {"test": %, a domain: %}.
 """
 import json
+import re
 import warnings
 from pathlib import Path
 from statistics import mean, pstdev
@@ -74,26 +75,40 @@ def select(lines, **wanted):
     return sorted(last.values(), key=lambda line: (line.get("shots", 0), line.get("seed") or 0))
 
 
+def select_runs(lines, **setting):
+    """`select` with the paper's recipe but for this setting; words set n_ctx."""
+    recipe = {key: RECIPE[key] for key in RECIPE if key != "n_ctx" or not setting.get("ctx_init")}
+    return select(lines, **{**recipe, **setting})
+
+
 def average(results):
     """Several Results -> their average: a line for each method, shots and seed that all have."""
     values = {}
     for each in results:
         for line in each.lines:
             if line.get("template", each.template) == each.template:
-                run = known_by({key: line.get(key) for key in ("method", "shots", "seed")})
+                run = known_by({k: line[k] for k in ("method", "shots", "seed") if k in line})
                 values.setdefault(run, []).append(line["accuracy"]["test"])
     lines = [{**json.loads(run), "accuracy": {"test": mean(several)}}
              for run, several in values.items() if len(several) == len(results)]
     return Results(lines, OWN, mean(each.chance for each in results))
 
 
-def paper(model, name, **setting):
-    """The paper's numbers of a data set, as Results; None if it has none for this model. Of a
-    setting that it has not tried, those of the methods that do not depend on it."""
-    lines = select(read_lines(DATA / "published.jsonl"), model=model, data=name, **setting)
-    for line in lines:
-        if line["method"] == "zero-shot":
-            return Results(lines, line["template"], 100 / line["classes"])
+def papers(model="RN50", **setting):
+    """The paper's numbers {data set: Results}; of a setting that it has not tried, those of the
+    methods that do not depend on it. Where they come from: data/README.md."""
+    found = {}
+    lines = select_runs(read_lines(DATA / "published.jsonl"), model=model, **setting)
+    for own in lines:
+        if own["method"] == "zero-shot":
+            of_set = [line for line in lines if line["data"] == own["data"]]
+            found[own["data"]] = Results(of_set, own["template"], 100 / own["classes"])
+    return found
+
+
+def folder_name(model):
+    """Of a model's results; a path has separators and colons."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-")
 
 
 # ---------------------------------------------------------------- tables

@@ -1,10 +1,10 @@
 """What the lessons share: which CLIP and data they use, kept results, exercises and figures."""
 import io
-import json
 import math
 import os
 import sys
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,8 @@ from matplotlib.colors import to_rgb
 from mini_coop import DATA, load_dataset, open_image
 
 sys.path.append(str(DATA))
-import grid  # noqa: E402
+import report  # noqa: E402
+from grid import TEMPLATES  # noqa: E402, F401
 
 MODEL = "mini"
 TASKS = "favicons objects things pixels styles designers actions"
@@ -44,34 +45,28 @@ def choose(task):
     return task if settings()[2] else settings()[1][0]
 
 
-def kept(task, variant=""):
-    """What the main job saved of a data set (a dict), or None if it did not run. Of your own runs:
-    <$MINI_COOP_RUNS, else the clone's runs>/<model>_<data set>/results.json."""
+def kept(task, **setting):
+    """The main job's Results of a data set, or None if it did not run: of the paper's setting, or
+    with another n_ctx, class_position, ctx_init ... Of your own runs, those in
+    <$MINI_COOP_RUNS, else the clone's runs>/<model>_<data set>/results.jsonl."""
     model, _, built_in = settings()
-    name = Path(task).name
-    runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs"))
-    own = runs / f"{model.replace('/', '-')}_{name}/results.json"
-    file = DATA / f"results/{name}{variant}.json" if built_in else own
-    if not file.is_file():
-        return None
-    result = json.loads(file.read_text())
-    untrained = DATA / f"results/{name}_untrained.json"  # older results lack these two
-    if built_in and untrained.is_file():
-        few = json.loads(untrained.read_text())["few_shot"]
-        result["untrained"] = few["CoOp unified"]["1"]
-        result["chance"] = 100 / len(load_dataset(task).classnames)
-    return result
+    data = load_dataset(task)
+    runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs")).expanduser()
+    own = runs / f"{report.folder_name(model)}_{data.name}/results.jsonl"
+    lines = report.read_lines(DATA / "results.jsonl" if built_in else own)
+    lines = report.select_runs(lines, data=data.name, model=model, **setting)
+    return report.Results(lines, data.template, 100 / len(data.classnames)) if lines else None
 
 
 def all_kept():
-    """{task: what the main job saved} of all tasks that it ran."""
+    """{task: Results} of all tasks that the main job ran."""
     results = {Path(task).name: kept(task) for task in settings()[1]}
     return {task: result for task, result in results.items() if result}
 
 
-def mean_of(result, method, shots, split="test"):
+def mean_of(results, method, shots, split="test"):
     """A method's accuracy in %, mean over seeds."""
-    return grid.mean_std(result["few_shot"][method][str(shots)], split)[0]
+    return mean(results.accuracies(method, shots, split))
 
 
 def accuracy(scores, labels):
@@ -250,28 +245,19 @@ def draw_tree(tokens, position, visible):
 
 # ---------------------------------------------------------------- figures: results
 
-def over_shots(results, methods=grid.METHODS, average=True, paper=False):
+def over_shots(results, methods=report.METHODS, average=True, paper=False):
     """The paper's figure: panels for the average, for the paper's own and for each task."""
     panels = {}
     if average:
-        panels[f"average of these {len(results)}"] = grid.average(list(results.values()))
+        panels[f"average of these {len(results)}"] = report.average(list(results.values()))
     if paper:
         panels["the paper's average"] = papers_average()
-    finish(grid.over_shots({**panels, **results}, methods))
+    finish(report.over_shots({**panels, **results}, methods))
 
 
 def papers_average():
-    """The paper's average over its eleven data sets (RN50, M = 16), in the form of a result."""
-    settings = {"model": "RN50", "n_ctx": 16, "ctx_init": None, "epochs": None,
-                "class_position": "end"}
-    theirs = grid.paper(settings)["average of 11"]
-    few = {}
-    for method in grid.METHODS:
-        few[method] = {n: [{"test": accuracy}] for n, accuracy in theirs[method].items()}
-    zero_shot = {"their templates": {"test": theirs["zero-shot"]["0"]}}
-    n_classes = (1000, 100, 37, 196, 102, 101, 100, 397, 47, 10, 101)
-    return {"settings": settings, "template": "their templates", "zero_shot": zero_shot,
-            "few_shot": few, "chance": sum(100 / K for K in n_classes) / 11}
+    """The paper's average over its eleven data sets (RN50, M = 16), as Results."""
+    return report.average(list(report.papers().values()))
 
 
 def training(history, K):

@@ -23,6 +23,7 @@ import random
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import clip
@@ -33,7 +34,7 @@ from mini_coop import CoOp, load_clip
 from reference import reference_features
 
 M = 16  # context vectors
-SLICE = 100  # classes that the published way computes at a time on a CPU, where more do not fit
+SLICE = 100  # classes that the published way computes at a time: 1000 would need 45 GB
 LINE = "{:30}{:>12}{:>9}{:>7}{:>14}{:>9}{:>7}{:>14}"
 
 
@@ -53,15 +54,18 @@ def class_names(K):
 
 
 class Peak:
-    """Peak memory of a block above what was there before, in MB: the allocator's on CUDA, the
-    process's resident set on Linux."""
+    """Peak memory of a block above what was there before, in MB: the allocator's on a CUDA device,
+    else the process's resident set, on Linux."""
+
+    def __init__(self, device):
+        self.device = device
+        self.cuda = device.type == "cuda"
 
     def __enter__(self):
-        self.cuda = torch.cuda.is_available()
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
         elif sys.platform == "linux":
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -71,7 +75,7 @@ class Peak:
     def __exit__(self, *_):
         self.mb = float("nan")
         if self.cuda:
-            self.mb = (torch.cuda.max_memory_allocated() - self.before) / 1e6
+            self.mb = (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
         elif sys.platform == "linux":
             self.mb = (self.status("VmHWM") - self.before) / 1e3
 
@@ -81,17 +85,17 @@ class Peak:
         return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
 
 
-def timed(run, repeats):
+def timed(run, repeats, device):
     """-> median seconds of `run` after a first time (repeats=0: of that), its result, peak MB."""
     start = time.perf_counter()
-    with Peak() as peak:
+    with Peak(device) as peak:
         result = run()
     seconds = [] if repeats else [time.perf_counter() - start]
     for _ in range(repeats):
         start = time.perf_counter()
         result = run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2], result, peak.mb
 
@@ -101,7 +105,7 @@ def text_step(model, model16, K, class_specific, repeats=3):
     coop = CoOp(model, class_names(K), M, class_specific)
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(K, model.text_projection.shape[1], generator=generator).to(coop.ctx.device)
-    at_once = K if coop.ctx.is_cuda else min(K, SLICE)
+    at_once = min(K, SLICE)
 
     def ours():
         return torch.autograd.grad(coop.text_features(), coop.ctx, target)[0]
@@ -114,9 +118,10 @@ def text_step(model, model16, K, class_specific, repeats=3):
             total = total + torch.autograd.grad(features, coop.ctx, target[classes])[0]
         return total
 
-    our_s, our_gradient, our_mb = timed(ours, repeats)
+    our_s, our_gradient, our_mb = timed(ours, repeats, coop.ctx.device)
     # a run in slices is long enough to be warm
-    their_s, gradient, their_mb = timed(theirs, repeats if at_once == K else 0)
+    slow = repeats if at_once == K else 0
+    their_s, gradient, their_mb = timed(theirs, slow, coop.ctx.device)
     their_mb *= K / at_once
     differs = ((our_gradient - gradient).norm() / gradient.norm()).item()
     kind = "class-specific" if class_specific else "unified"
@@ -127,13 +132,33 @@ def text_step(model, model16, K, class_specific, repeats=3):
     assert differs < (0.1 if coop.ctx.is_cuda else 1e-4)
 
 
-def mini_step():
+def rows_and_parts(model, K, sizes):
+    """Times ours with rows of other lengths, `pack`'s row_tokens, and with other part_tokens."""
+    pack = mini_coop.pack
+    for what, size in sizes:
+        mini_coop.pack = partial(pack, **{what: size})
+        coop = CoOp(model, class_names(K), M)
+        target = torch.randn(K, model.text_projection.shape[1], device=coop.ctx.device)
+
+        def step():
+            return torch.autograd.grad(coop.text_features(), coop.ctx, target)
+
+        seconds, _, mb = timed(step, 3, coop.ctx.device)
+        print(f"{K} classes, {what} {size}: {seconds:.3f} s, {mb:.0f} MB", flush=True)
+    mini_coop.pack = pack
+
+
+def mini_step(device):
     """A step of the mini-CLIP: 37 names, forward and backward."""
-    model = load_clip("mini")[0]
+    model = load_clip("mini", device)[0]
     for class_specific in (False, True):
         coop = CoOp(model, mini_coop.load_dataset("objects").classnames, M, class_specific)
         target = torch.randn(37, model.text_projection.shape[1], device=coop.ctx.device)
-        seconds = timed(lambda: torch.autograd.grad(coop.text_features(), coop.ctx, target), 50)[0]
+
+        def step():
+            return torch.autograd.grad(coop.text_features(), coop.ctx, target)
+
+        seconds = timed(step, 50, device)[0]
         kind = "class-specific" if class_specific else "unified"
         print(f"mini-CLIP, 37 classes, {kind}: {1000 * seconds:.1f} ms")
 
@@ -143,6 +168,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--device")
+    parser.add_argument("--row-tokens", type=int, nargs="+", help="only ours, with such rows")
+    parser.add_argument("--part-tokens", type=int, nargs="+", help="only ours, with such parts")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # two of the words are the same for CLIP
     device = load_clip(device=args.device)[0].text_projection.device
@@ -155,16 +182,22 @@ def main():
     model.visual.to(memory_format=torch.channels_last)  # as load_clip does
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     print(f"{name}; torch {torch.__version__}; RN50's sizes, M = {M}, class token at the end\n")
+    sizes = [("row_tokens", size) for size in args.row_tokens or ()]
+    sizes += [("part_tokens", size) for size in args.part_tokens or ()]
+    if sizes:
+        for K in args.classes:
+            rows_and_parts(model, K, sizes)
+        return
     print(LINE.format("text step, both passes", "published s", "ours s", "ratio", "published MB",
                       "ours MB", "ratio", "gradient off"))
     for K in args.classes:
         for class_specific in (False, True):
             text_step(model, model16, K, class_specific)
-    if device.type == "cpu" and max(args.classes) > SLICE:
+    if max(args.classes) > SLICE:
         print(f"* in slices of {SLICE} classes: the memory of one, times their number")
-    mini_step()
+    mini_step(device)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ def reference_features(coop, classes=None, model=None):
         prompt = " ".join(["X"] * M) + f" {name}."
         tokens = clip.tokenize(prompt)[0].long().to(coop.ctx.device)  # (77,)
         ends.append(int(tokens.argmax()))  # EOT has the largest id
-        words = model.token_embedding(tokens)  # (77, D)
+        words = model.token_embedding(tokens).type(model.dtype)  # (77, D)
         ctx = (coop.ctx[k] if coop.class_specific else coop.ctx).to(words.dtype)  # (M, D)
         # the placeholders' embeddings are replaced by the context, before and after the name
         n = min(len(encode(name)), ends[-1] - M - 1)  # the name's tokens; EOT is none of them
         start = words[:1]  # SOS
         own = words[1 + M :]  # name, period, EOT, padding
         prompts.append(torch.cat([start, ctx[:before], own[:n], ctx[before:], own[n:]]))
-    x = torch.stack(prompts) + model.positional_embedding.to(prompts[0].dtype)  # (K, 77, D)
+    x = torch.stack(prompts) + model.positional_embedding.type(model.dtype)  # (K, 77, D)
     x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
     x = model.ln_final(x)[torch.arange(len(x)), ends]  # (K, D), read at the EOT
     return F.normalize((x @ model.text_projection).float(), dim=-1)

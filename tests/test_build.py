@@ -189,11 +189,13 @@ def test_a_run_resumes_averages_and_is_written_whole(tmp_path):
 
 def test_the_cards_tables_are_those_of_the_results():
     text = (DATA / "README.md").read_text(encoding="utf-8")
-    assert card.all_tables() == text.partition(card.RESULTS)[2].partition(card.END)[0]
+    full = (DATA / "results.md").read_text(encoding="utf-8")
+    shown = [page.partition(card.RESULTS)[2].partition(card.END)[0] for page in (text, full)]
+    assert list(card.all_tables()) == shown
     readme = (DATA.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
-    average = card.grid.average([card.kept(task) for task in card.TASKS])
-    gains = card.gaps(average, "CoOp unified")
-    leads = card.gaps(average, "CoOp unified", "linear probe")
+    average = card.report.average([card.kept(task) for task in card.TASKS])
+    gains = card.gaps(average, card.UNIFIED)
+    leads = card.gaps(average, card.UNIFIED, card.PROBE)
     assert f"by {gains[0][1:]} points with one label per class and by {gains[-1][1:]} " in readme
     assert f"the probe by {leads[0][1:]} and {leads[-1][1:]} points" in readme
 

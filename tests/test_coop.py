@@ -1,6 +1,7 @@
 """The prompt learner and its rivals against independent oracles: the 77-token way, zero-shot CLIP,
 the recipe written by hand, closed forms."""
 import copy
+import io
 import math
 import pickle
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import mini_coop
 from conftest import Malicious, solvable
@@ -22,28 +24,29 @@ FOUR = ["cat", "dog", "ox", "bird"]
 
 # ---------------------------------------------------------------- the text side
 
-# one row; several rows; several parts, which are computed again in the backward pass
-@pytest.mark.parametrize("part_tokens, row_tokens", [(9999, 500), (9999, 16), (20, 8)])
-@pytest.mark.parametrize("ctx_init", [None, "a photo of a"])
-@pytest.mark.parametrize("n_ctx", [4, 5])
-@pytest.mark.parametrize("class_position", ["end", "middle", "front"])
-@pytest.mark.parametrize("class_specific", [False, True])
-def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, ctx_init,
-                                   part_tokens, row_tokens, monkeypatch):
-    """Features and gradients, in every configuration, to 1e-5 and 1e-4 of the largest."""
+@pytest.mark.parametrize("class_specific, class_position, ctx_init, row_tokens, part_tokens", [
+    (False, "end", None, 500, 9999),  # one row
+    (False, "end", "a photo of a", 16, 9999),  # several rows
+    (False, "end", None, 8, 20),  # several Rows, which are computed again in the backward pass
+    (False, "middle", None, 16, 9999),
+    (False, "middle", "a big photo of a", 8, 20),  # an odd number of vectors
+    (False, "front", None, 500, 9999),
+    (False, "front", "a photo of a", 8, 20),
+    (True, "end", None, 500, 9999),
+    (True, "end", "a photo of a", 8, 20),
+    (True, "middle", None, 16, 9999),
+    (True, "middle", "a big photo of a", 500, 9999),
+    (True, "front", None, 8, 20),
+])
+def test_equal_to_the_77_token_way(tiny, class_specific, class_position, ctx_init, row_tokens,
+                                   part_tokens, monkeypatch):
+    """Features and gradients to 1e-5 and 1e-4 of the largest."""
     pack = mini_coop.pack
-    monkeypatch.setattr(mini_coop, "pack", lambda model, prompts: pack(model, prompts, row_tokens))
-    monkeypatch.setattr(mini_coop.encode_prompts, "__defaults__", (None, part_tokens))
-    checkpointed = []
-    checkpoint = mini_coop.checkpoint
-    monkeypatch.setattr(mini_coop, "checkpoint", lambda *args, **options:
-                        checkpointed.append(1) or checkpoint(*args, **options))
-    if ctx_init and n_ctx == 5:
-        ctx_init += " big"  # even and odd M for words, too
-    coop = CoOp(tiny[0], NAMES, n_ctx, class_specific, class_position, ctx_init, seed=3)
-    shape = (len(NAMES), n_ctx, 128) if class_specific else (n_ctx, 128)
-    assert coop.n_ctx == n_ctx and coop.ctx.shape == shape
-    assert (len(coop.packed[0]) > 1) == (row_tokens < 500)  # rows
+    monkeypatch.setattr(mini_coop, "pack",
+                        lambda model, prompts: pack(model, prompts, row_tokens, part_tokens))
+    coop = CoOp(tiny[0], NAMES, 5, class_specific, class_position, ctx_init, seed=3)
+    n_rows = sum(len(rows.tokens) for rows in coop.packed)
+    assert (n_rows > 1) == (row_tokens < 500) and (len(coop.packed) > 1) == (part_tokens == 20)
     target = torch.randn(len(NAMES), 32, generator=torch.Generator().manual_seed(0))
     ours = coop.text_features()
     theirs = reference_features(coop)
@@ -51,19 +54,64 @@ def test_equal_to_the_77_token_way(tiny, class_specific, class_position, n_ctx, 
     (our_gradient,) = torch.autograd.grad((ours * target).sum(), coop.ctx)
     (gradient,) = torch.autograd.grad((theirs * target).sum(), coop.ctx)
     assert torch.allclose(our_gradient, gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0)
-    assert bool(checkpointed) == (part_tokens == 20)
+
+
+def test_one_prompt_per_row_is_clips_own_encoder(tiny):
+    """Plain rows: positions 0, 1, 2 .. and a triangle of visible tokens."""
+    def plain(prompts):
+        rows = [[(token, p, k) for p, token in enumerate(ids)] for k, ids in enumerate(prompts)]
+        return mini_coop.to_rows(rows, "cpu")
+
+    ids = [[mini_coop.SOS, *mini_coop.token_ids(name), mini_coop.EOT] for name in NAMES]
+    rows = plain(ids)
+    n = len(ids[1])
+    assert torch.equal(rows.position[1, :n], torch.arange(n))
+    assert torch.equal(rows.visible[1, :n, :n], torch.ones(n, n).tril().bool())
+    features = mini_coop.encode_rows(tiny[0], None, *rows)
+    own = tiny[0].encode_text(clip.tokenize([name.replace("_", " ") for name in NAMES]))
+    assert torch.allclose(features, own, atol=1e-5)
+    # and with context vectors in the place of words
+    coop = CoOp(tiny[0], NAMES, 3)
+    v = [mini_coop.CONTEXT + i for i in range(3)]
+    dotted = [mini_coop.token_ids(name + ".") for name in NAMES]
+    rows = plain([[mini_coop.SOS, *v, *name, mini_coop.EOT] for name in dotted])
+    features = mini_coop.encode_prompts(tiny[0], [rows], coop.ctx)
+    assert torch.allclose(features, reference_features(coop), atol=1e-5)
 
 
 @pytest.mark.parametrize("class_position, class_specific, P", [
     ("end", False, 7), ("middle", False, 4), ("front", False, 1), ("end", True, 1)])
 def test_the_trunk_is_written_once_in_each_row(tiny, class_position, class_specific, P):
-    tokens, position, visible = CoOp(tiny[0], NAMES, 6, class_specific, class_position).packed
-    n_tokens = P * len(tokens)
+    (rows,) = CoOp(tiny[0], NAMES, 6, class_specific, class_position).packed
+    n_tokens = P * len(rows.tokens)
     for name in NAMES:
         n_tokens += 1 + 6 + len(mini_coop.token_ids(name + ".")) + 1 - P  # SOS, context, name, EOT
-    padding = (position == 0) & (tokens != mini_coop.SOS)
-    assert tokens.numel() - padding.sum() == n_tokens
-    assert visible[:, P:, :P].all() and not visible.triu(1).any()
+    padding = (rows.position == 0) & (rows.tokens != mini_coop.SOS)
+    assert rows.tokens.numel() - padding.sum() == n_tokens
+    assert rows.visible[:, P:, :P].all() and not rows.visible.triu(1).any()
+
+
+def test_another_default_dtype_or_precision_of_the_context(tiny):
+    x = solvable()[0]
+    expected = CoOp(tiny[0], FOUR, 4).predict_proba(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        p = CoOp(tiny[0], FOUR, 4).fit(*solvable(), epochs=1).predict_proba(x)
+        images = encode_images(*tiny, [Image.new("RGB", (70, 70))])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert p.dtype == images.dtype == torch.float32
+    assert torch.allclose(CoOp(tiny[0], FOUR, 4).half().predict_proba(x), expected, atol=0.01)
+
+
+def test_the_reference_runs_in_half_precision(tiny):
+    """As the published code on a card, whose token embedding stays in float32."""
+    half = copy.deepcopy(tiny[0])
+    clip.model.convert_weights(half)
+    coop = CoOp(tiny[0], NAMES, 4)
+    features = reference_features(coop, model=half)
+    assert half.token_embedding.weight.dtype == torch.float32 != half.text_projection.dtype
+    assert torch.allclose(features, reference_features(coop), atol=0.02)
 
 
 def test_prompts_that_share_words_of_the_names(tiny):
@@ -98,11 +146,11 @@ def test_a_solvable_task_is_solved_and_clip_is_untouched(tiny):
     before = copy.deepcopy(tiny[0].state_dict())
     features, labels = solvable()
     coop = CoOp(tiny[0], FOUR, class_specific=True)
-    assert coop.fit(features, labels, lr=0.05, progress=False) is coop
+    assert coop.fit(features, labels, lr=0.05) is coop
     assert coop.score(features, labels) == 1.0
     loss = coop.history_["loss"]
     assert loss[-1] < 0.3 * loss[0] and len(loss) == 200  # 8 shots: 200 epochs
-    assert coop.history_["accuracy"][-1] == 100
+    assert coop.history_["accuracy"][-1] == 1.0
     assert all(torch.equal(before[key], x) for key, x in tiny[0].state_dict().items())
     assert list(coop.state_dict()) == [name for name, _ in coop.named_parameters()] == ["ctx"]
     probabilities = coop.predict_proba(features)
@@ -112,7 +160,7 @@ def test_a_solvable_task_is_solved_and_clip_is_untouched(tiny):
 
 @pytest.mark.parametrize("n, T", [(1, 50), (2, 100), (4, 100), (8, 200), (16, 200)])
 def test_epochs_and_schedule(tiny, n, T):
-    coop = CoOp(tiny[0], ["cat", "dog"], 1).fit(*solvable(K=2, n=n), progress=False)
+    coop = CoOp(tiny[0], ["cat", "dog"], 1).fit(*solvable(K=2, n=n))
     rates = [0.001 * (1 + math.cos(math.pi * (epoch - 1) / T)) for epoch in range(1, T)]
     assert coop.history_["lr"] == [1e-5, *rates] and rates[0] == 0.002
     assert learning_rate(0, T, lr=0.0) == 0  # no epoch is faster than lr
@@ -127,7 +175,7 @@ def test_the_recipe_by_hand(tiny):
     coop.ctx.data *= 50  # so large that the weight decay shows: without it ctx is off by 9e-3
     ctx = coop.ctx.detach().clone()
     velocity = 0
-    coop.fit(features, labels, epochs=2, lr=1.0, batch_size=4, progress=False)
+    coop.fit(features, labels, epochs=2, lr=1.0, batch_size=4)
     other = CoOp(tiny[0], ["cat", "dog", "ox"], 3)
     generator = torch.Generator().manual_seed(5)
     for lr in (1e-5, 1.0):
@@ -144,10 +192,10 @@ def test_the_recipe_by_hand(tiny):
 def test_each_epoch_takes_a_random_view(tiny):
     """Of two views one is poison, the first or the last: training sees both."""
     features, labels = solvable()
-    one = CoOp(tiny[0], FOUR, 2).fit(features, labels, epochs=3, progress=False)
+    one = CoOp(tiny[0], FOUR, 2).fit(features, labels, epochs=3)
     for views in ([features, -features], [-features, features]):
         other = CoOp(tiny[0], FOUR, 2)
-        other.fit(torch.stack(views, 1), labels, epochs=3, progress=False)
+        other.fit(torch.stack(views, 1), labels, epochs=3)
         assert torch.isfinite(other.ctx).all() and not torch.allclose(one.ctx, other.ctx)
 
 
@@ -155,23 +203,25 @@ def test_the_seed_decides_start_and_order(tiny):
     contexts = []
     for seed in (1, 1, 2):
         coop = CoOp(tiny[0], FOUR, 4, seed=seed)
-        contexts.append(coop.fit(*solvable(), epochs=3, progress=False).ctx)
+        contexts.append(coop.fit(*solvable(), epochs=3).ctx)
     assert torch.equal(contexts[0], contexts[1]) and not torch.equal(contexts[0], contexts[2])
 
 
 def test_numpy_and_lists_are_welcome(tiny):
     features, labels = solvable(n=2)
     coop = CoOp(tiny[0], np.array(FOUR), np.int64(2), seed=np.int32(1))
-    coop.fit(features.numpy(), labels.numpy().astype(np.uint8), epochs=1, progress=False)
+    coop.fit(features.numpy(), labels.numpy().astype(np.uint8), epochs=1)
     assert coop.score(features.numpy(), labels.tolist()) == coop.score(features, labels)
 
 
 def test_a_method_of_your_own(tiny, tmp_path):
-    """A term of its own in the loss, and a parameter of its own in the logits: fit trains both."""
+    """A term of its own in the loss, a parameter in the logits, an argument: fit trains both,
+    `load` passes the argument on."""
 
     class Variant(CoOp):
-        def __init__(self, *args, **options):
+        def __init__(self, *args, weight, **options):
             super().__init__(*args, **options)
+            self.weight = weight
             self.shift = torch.nn.Parameter(torch.zeros(len(self.classnames)))
             self.seen = []
 
@@ -180,13 +230,61 @@ def test_a_method_of_your_own(tiny, tmp_path):
 
         def loss(self, logits, labels, text_features):
             self.seen.append(text_features.shape)
-            return super().loss(logits, labels, text_features) + 100 * self.shift.sum()
+            return super().loss(logits, labels, text_features) + self.weight * self.shift.sum()
 
-    coop = Variant(tiny[0], FOUR, 2).fit(*solvable(n=2), epochs=3, progress=False)
+    coop = Variant(tiny[0], FOUR, 2, weight=100).fit(*solvable(n=2), epochs=3)
     assert (coop.shift < -0.1).all() and coop.seen == [(4, 32)] * 3
     coop.save(tmp_path / "variant.pt")
-    again = Variant.load(tmp_path / "variant.pt", tiny[0])
-    assert torch.equal(again.shift, coop.shift)
+    again = Variant.load(tmp_path / "variant.pt", tiny[0], weight=5)
+    assert torch.equal(again.shift, coop.shift) and again.weight == 5
+
+
+def test_layers_that_a_subclass_added_are_in_eval_mode_but_in_fit(tiny):
+    modes = []
+
+    class Dropped(CoOp):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, image_features, text_features=None):
+            modes.append((self.training, self.dropout.training))
+            return super().forward(self.dropout(image_features), text_features)
+
+    coop = Dropped(tiny[0], FOUR, 2)
+    x, y = solvable(n=2)
+    assert not coop.training and torch.equal(coop.predict_proba(x), coop.predict_proba(x))
+    optimizer = torch.optim.SGD(coop.parameters(), lr=0.01)
+    optimizer.register_step_post_hook(lambda *_: coop.score(x, y))  # a score amid training
+    coop.fit(x, y, epochs=2, optimizer=optimizer)
+    assert modes == [(False, False)] * 2 + [(True, True), (False, False)] * 2
+    assert not coop.training and not coop.dropout.training
+
+
+def test_an_optimizer_of_your_own(tiny):
+    """Its rates follow the schedule from its own lr, and again in a second fit."""
+    x, y = solvable(n=2)
+    plain = CoOp(tiny[0], FOUR, 2).fit(x, y, epochs=4, lr=0.01)
+    coop = CoOp(tiny[0], FOUR, 2)
+    sgd = torch.optim.SGD(coop.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    assert torch.equal(coop.fit(x, y, epochs=4, optimizer=sgd).ctx, plain.ctx)
+    coop.fit(x, y, epochs=4, optimizer=sgd)
+    assert coop.history_["lr"] == plain.history_["lr"] and plain.history_["lr"][1] == 0.01
+    adam = torch.optim.Adam(coop.parameters(), lr=0.01)
+    assert not torch.equal(coop.fit(x, y, epochs=4, optimizer=adam).ctx, plain.ctx)
+
+
+@pytest.mark.parametrize("progress, terminal, shown", [
+    (None, True, True), (None, False, False), (True, False, True), (False, True, False)])
+def test_progress_bars_are_shown_in_a_terminal(tiny, progress, terminal, shown, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    CoOp(tiny[0], FOUR, 2).fit(*solvable(n=1), epochs=1, progress=progress)
+    encode_images(*tiny, [Image.new("RGB", (70, 70))], progress=progress)
+    assert ("context" in screen.getvalue()) == ("images" in screen.getvalue()) == shown
 
 
 def test_text_features_of_another_context(tiny):
@@ -231,7 +329,7 @@ def test_the_linear_probe_follows_the_validation_set(monkeypatch):
 def test_save_and_load(tiny, tmp_path, class_specific):
     features, labels = solvable()
     coop = CoOp(tiny[0], FOUR, 4, class_specific, "middle", seed=7)
-    coop.fit(features, labels, epochs=2, progress=False).save(tmp_path / "ctx.pt")
+    coop.fit(features, labels, epochs=2).save(tmp_path / "ctx.pt")
     again = CoOp.load(tmp_path / "ctx.pt", tiny[0])
     assert torch.equal(coop.predict_proba(features), again.predict_proba(features))
     assert (again.classnames, again.seed) == (FOUR, 7)
@@ -242,6 +340,9 @@ def test_save_and_load(tiny, tmp_path, class_specific):
                 CoOp.load(tmp_path / "ctx.pt", tiny[0], names)
     else:
         other = CoOp.load(tmp_path / "ctx.pt", tiny[0], ["fox", "hen"])
+        new = CoOp(tiny[0], ["fox", "hen"], 4, class_position="middle")
+        new.load_state_dict(coop.state_dict())
+        assert torch.equal(new.text_features(), other.text_features())
         assert torch.equal(other.ctx, coop.ctx) and other.predict(features).max() <= 1
         with pytest.raises(ValueError, match="list of texts"):
             CoOp.load(tmp_path / "ctx.pt", tiny[0], "foxhen")
@@ -278,7 +379,11 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
     (["cat", None], {}, "list of texts"),
     (["cat", " _ "], {}, "list of texts"),
     (["cat"], {}, "two classes"),
+    (["cat", "caf\udce9"], {}, "list of texts"),  # a folder's name in an unknown coding
     (["cat", "dog"], {"n_ctx": 0}, "one vector or more"),
+    (["cat", "dog"], {"n_ctx": 16.0}, "one vector or more, not 2 and 16.0"),
+    (["cat", "dog"], {"n_ctx": "a photo of a"}, "one vector or more, not 2 and 'a photo of a'"),
+    (["cat", "dog"], {"ctx_init": ["a", "photo"]}, "no place for a name"),
     (["cat", "dog"], {"ctx_init": " "}, "one vector or more"),
     (["cat", "dog"], {"ctx_init": "a photo of a {}."}, "no place for a name"),
     (["cat", "dog"], {"ctx_init": "a photo of a [CLASS]."}, "no place for a name"),
@@ -292,7 +397,8 @@ def test_wrong_names_and_options(tiny, names, options, message):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("a photo of a cat", "has no {}"), ("very " * 80 + "{}", "prompt of 83 tokens")])
+    ("a photo of a cat", "has no {}"), ("very " * 80 + "{}", "prompt of 83 tokens"),
+    ([], "no template")])
 def test_wrong_templates(tiny, template, message):
     with pytest.raises(ValueError, match=message):
         zero_shot_weights(tiny[0], FOUR, template)
@@ -311,7 +417,10 @@ NAN = torch.full((8, 32), math.nan)
 @pytest.mark.parametrize("change, message", [
     (lambda x, y: (x[:, :16], y), r"\(N, 32\).*not \(8, 16\)"),
     (lambda x, y: (x[0], y), r"\(N, 32\)"),
-    (lambda x, y: (NAN, y), "0 finite"),
+    (lambda x, y: (NAN, y), "all finite"),
+    (lambda x, y: (x[:0], y[:0]), "not empty"),
+    (lambda x, y: (["a.png"] * 8, y), "one tensor or array .*not list"),
+    (lambda x, y: (list(x), y), "one tensor or array .*not list"),
     (lambda x, y: (x, torch.where(y == 2, 4, y)), "label 4 is outside 0 to 3"),
     (lambda x, y: (x, y - 1), "label -1 is outside"),
     (lambda x, y: (x, y[:5]), "8 integers"),
@@ -336,7 +445,7 @@ def test_a_clip_that_is_not_as_load_clip_gives_it(tiny):
 
 def test_a_training_that_diverges(tiny):
     with pytest.raises(RuntimeError, match="diverged"):
-        CoOp(tiny[0], FOUR, 2).fit(*solvable(n=2), lr=1e30, epochs=9, progress=False)
+        CoOp(tiny[0], FOUR, 2).fit(*solvable(n=2), lr=1e30, epochs=9)
 
 
 # ---------------------------------------------------------------- CUDA
@@ -348,12 +457,12 @@ def test_cuda_and_cpu_agree(class_specific):
     few = mini_coop.few_shot(mini_coop.load_dataset("styles"), 4, 1)
     for device in ("cpu", "cuda"):
         model, preprocess = load_clip("mini", device)
-        x = encode_images(model, preprocess, few.train.images, progress=False)
+        x = encode_images(model, preprocess, few.train.images)
         coop = CoOp(model, few.classnames, 8, class_specific)
-        coop.fit(x, few.train.labels, epochs=20, progress=False)
+        coop.fit(x, few.train.labels, epochs=20)
         assert coop.ctx.dtype == torch.float32 and coop.ctx.device.type == device
         results.append((x.cpu(), coop.predict(x).cpu(), coop.history_["loss"][-1]))
     (cpu_x, cpu_predicted, cpu_loss), (x, predicted, loss) = results
-    assert torch.allclose(cpu_x, x, atol=2e-3)
-    assert abs(cpu_loss - loss) < 0.05  # the text side runs in bfloat16 on CUDA
-    assert (cpu_predicted == predicted).float().mean() > 0.9
+    assert torch.allclose(F.normalize(cpu_x), F.normalize(x), atol=1e-4)  # float32 on both
+    assert abs(cpu_loss - loss) < 0.01
+    assert (cpu_predicted == predicted).float().mean() > 0.95

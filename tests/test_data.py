@@ -6,6 +6,7 @@ import json
 import random
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,11 +72,20 @@ def test_few_shot_by_hand():
 def test_few_shot_takes_four_validation_images_at_most_and_what_there_is():
     few = few_shot(data_of([0] * 30 + [1] * 30, [0] * 9 + [1] * 9), shots=16, seed=2)
     assert len(set(few.train.images)) == 32 and few.val.labels == [0] * 4 + [1] * 4
-    with pytest.warns(UserWarning, match="fewer than 3 training images of class 1$"):
+    few = r"fewer than 3 training images of class 1 \(2\), class 2 \(0\)"
+    with pytest.warns(UserWarning, match=few):
         few = few_shot(data_of([0, 0, 0, 1, 1], []), shots=3, seed=1)
     assert sorted(few.train.images) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="begin at 1"):
-        few_shot(data_of([0, 1], []), shots=0, seed=1)
+    for shots in (0, 2.0):
+        with pytest.raises(ValueError, match="whole number from 1"):
+            few_shot(data_of([0, 1], []), shots=shots, seed=1)
+
+
+def test_classes_without_validation_images_are_named():
+    """Those that are there are not."""
+    with pytest.warns(UserWarning, match=r"^fewer than 4 validation images of class 0 \(0\), "
+                      r"class 2 \(0\), class 3 \(2\), class 4 \(0\)"):
+        few_shot(data_of(list(range(8)) * 4, [1, 1, 1, 1, 3, 3]), shots=4, seed=1)
 
 
 # ---------------------------------------------------------------- folders
@@ -108,7 +118,7 @@ def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
     assert load_dataset(odd).classnames == ["Löwe", "a [b]", "link", "猫"]
     monkeypatch.chdir(tree(tmp_path, "actions/cat", "actions/dog"))
     assert load_dataset("./actions").classnames == ["cat", "dog"]  # a path is no name
-    with pytest.warns(UserWarning, match="folder here is not read; write './actions'"):
+    with pytest.warns(UserWarning, match="for .*/actions write its path, such as './actions'"):
         assert len(load_dataset("actions").classnames) == 11
 
 
@@ -135,6 +145,20 @@ def test_other_forms_of_folders_are_one_error(tmp_path, folders, found):
         load_dataset(tmp_path)
 
 
+def test_links_that_lead_back(tmp_path):
+    """Through one folder or two: no endless walk, and an error as for any other form."""
+    tree(tmp_path, "cat", "dog", "fox")
+    (tmp_path / "cat/again").symlink_to(tmp_path)
+    (tmp_path / "cat/dogs").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog/cats").symlink_to(tmp_path / "cat")
+    with pytest.raises(ValueError, match="but found cat/"):
+        load_dataset(tmp_path)
+    (tmp_path / "dog/cats").unlink()
+    (tmp_path / "cat/dogs").unlink()
+    with pytest.warns(UserWarning, match="not read, .*: cat/again$"):
+        assert load_dataset(tmp_path).classnames == ["cat", "dog", "fox"]
+
+
 def test_what_is_missing_in_a_folder_is_said(tmp_path):
     tree(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog")
     with pytest.warns(UserWarning, match=r"no test images of 2 classes.*'cat', 'dog'"):
@@ -145,7 +169,7 @@ def test_what_is_missing_in_a_folder_is_said(tmp_path):
     tree(tmp_path, "train/fox")
     (tmp_path / "train/dog/photo.heic").write_bytes(b"another format")
     (tmp_path / "train/owl").mkdir()
-    with pytest.warns(UserWarning, match="not read, as no .*: train/dog/photo.heic, train/owl$"):
+    with pytest.warns(UserWarning, match="not read, .*: train/dog/photo.heic, train/owl$"):
         load_dataset(tmp_path)
     (tmp_path / "train/dog/photo.heic").unlink()
     (tmp_path / "train/owl").rmdir()
@@ -178,7 +202,8 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path, images):
     {"classnames": None}, {"classnames": "xy"}, {"classnames": ["x"]}, {"splits": None},
     {"splits": {"validation": []}}, {"domains": {"test": []}}, {"domains": {"val": []}},
     {"splits": {"train": [["a.png", "0"]]}}, {"splits": {"train": [["a.png", -1]]}},
-    {"splits": {"train": ["a.png"]}}, {"images": "dataset.json"},
+    {"splits": {"train": ["a.png"]}}, {"images": "dataset.json"}, {"template": None},
+    {"template": "an icon"}, {"domains": {"night": []}}, {"domains": {"night": [["a.png", 1]]}},
 ])
 def test_a_dataset_json_of_another_form(tmp_path, change):
     (tmp_path / "dataset.json").write_text(json.dumps(SPEC | change))
@@ -189,15 +214,27 @@ def test_a_dataset_json_of_another_form(tmp_path, change):
         load_dataset(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*no (training|test) images")
+def test_a_dataset_json_from_windows(tmp_path):
+    picture(tmp_path / "img/more/a.png")
+    spec = {**SPEC, "splits": {"train": [["more\\a.png", 0]]}}
+    (tmp_path / "dataset.json").write_text(json.dumps(spec), encoding="utf-8-sig")
+    assert open_image(load_dataset(tmp_path).train.images[0]).size == (80, 70)
+
+
 def test_unknown_data_sets_and_a_labs_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(mini_coop, "LAB", tmp_path)
-    with pytest.raises(ValueError, match="no data set 'object': neither a folder nor.*objects"):
+    monkeypatch.setattr(mini_coop, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="no data set 'object': neither a folder.*objects"):
         load_dataset("object")
     tree(tmp_path, "insects/img")
     spec = {**SPEC, "splits": {part: [["0.png", 0], ["1.png", 1]] for part in ("train", "test")}}
     (tmp_path / "insects/dataset.json").write_text(json.dumps({**spec, "domains": {}}))
     assert load_dataset("insects").test.images[0] == tmp_path / "insects/img/0.png"
     assert len(load_dataset("styles").classnames) == 8  # our own are still found
+    tree(tmp_path, "pets/cat", "pets/dog", "styles/a", "styles/b")
+    assert load_dataset("pets").classnames == ["cat", "dog"]  # class folders by name
+    with pytest.warns(UserWarning, match=f"styles: read from .*; for {tmp_path}/styles write"):
+        assert len(load_dataset("styles").classnames) == 8
 
 
 # ---------------------------------------------------------------- images
@@ -215,8 +252,11 @@ def test_all_kinds_of_images(tmp_path):
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 9, 99, 200])
     palette.save(tmp_path / "palette.png")
+    palette.putpixel((5, 5), 0)
     palette.save(tmp_path / "transparent.png", transparency=1)
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "alpha.png")
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear.putpixel((5, 5), (0, 0, 0, 255))
+    clear.save(tmp_path / "alpha.png")
     Image.new("L", (8, 8), 77).save(tmp_path / "gray.png")
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
     for name, colour in (("palette.png", (9, 99, 200)), ("transparent.png", (255, 255, 255)),
@@ -232,9 +272,36 @@ def test_brightness_is_not_guessed(tmp_path, values):
         open_image(tmp_path / "deep.tif")
 
 
+@pytest.mark.parametrize("alpha", [0, 90, 255])
+def test_white_on_transparent_ground_is_refused(tmp_path, alpha):
+    image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    image.paste((255, 255, 255, alpha), (2, 2, 6, 6))
+    image.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing is left to see on white: give it a background"):
+        open_image(tmp_path / "a.png")
+    assert open_image(Image.new("RGB", (8, 8), "white")).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("exif", [b"", b"not a tiff header at all", b"II*\0\x08\0\0\0\x01\0",
+                                  # an x-resolution of -1 / 0 beside an orientation
+                                  b"II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x1a"
+                                  b"\x01\n\0\x01\0\0\0&\0\0\0\0\0\0\0\xff\xff\xff\xff\0\0\0\0"])
+def test_a_photo_with_broken_exif_is_taken_as_it_lies(tmp_path, exif):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    assert open_image(tmp_path / "a.jpg").size == (60, 40)
+
+
+def test_what_is_no_image_shows_its_first_bytes(tmp_path):
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid ...")
+    with pytest.raises(OSError, match="no image: it begins with b'version https://git-lfs"):
+        open_image(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="no pixels: 0 x 9"):
+        open_image(Image.new("RGB", (0, 9)))
+
+
 def test_a_postscript_file_is_not_run(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
-    with pytest.raises(OSError, match="cannot identify"):
+    with pytest.raises(OSError, match="no image: it begins with b'%!PS"):
         open_image(tmp_path / "a.png")
 
 
@@ -243,27 +310,27 @@ def test_a_postscript_file_is_not_run(tmp_path):
 def test_encode_images(tiny, tmp_path):
     images = [random_image(i) for i in range(5)]
     images[0].save(tmp_path / "0.png")
-    features = encode_images(*tiny, images, batch_size=2, progress=False)
+    features = encode_images(*tiny, images, batch_size=2)
     own = tiny[0].encode_image(torch.stack([tiny[1](image) for image in images]))
     assert torch.allclose(features, own, atol=1e-5) and features.dtype == torch.float32
     file = tmp_path / "0.png"
     for image in (file, str(file), Image.open(file)):  # which is not read twice at once
-        x = encode_images(*tiny, [image] * 9, progress=False)
+        x = encode_images(*tiny, [image] * 9)
         assert torch.allclose(x, features[:1].expand(9, -1), atol=1e-5)
     training = copy.deepcopy(tiny[0]).train()  # batch norm would mix the images
-    features = encode_images(training, tiny[1], images, progress=False)
+    features = encode_images(training, tiny[1], images)
     assert torch.allclose(features, own, atol=1e-5)
 
 
 def test_views_are_crops_drawn_by_the_seed(tiny):
     images = [random_image(i) for i in range(3)]
     state = torch.get_rng_state()
-    views = encode_images(*tiny, images, views=4, progress=False)
+    views = encode_images(*tiny, images, views=4)
     assert views.shape == (3, 4, 32) and torch.equal(torch.get_rng_state(), state)
     assert (views[0, 0] - views[0, 1]).abs().max() > 1e-4
-    again = encode_images(*tiny, images, views=4, batch_size=5, progress=False)
+    again = encode_images(*tiny, images, views=4, batch_size=5)
     assert torch.allclose(views, again, atol=1e-5)
-    other = encode_images(*tiny, images, views=4, seed=1, progress=False)
+    other = encode_images(*tiny, images, views=4, seed=1)
     assert (views - other).abs().max() > 1e-4
 
 
@@ -278,12 +345,25 @@ def test_all_images_that_cannot_be_read_are_named(tiny, tmp_path):
     files = [tmp_path / name for name in ("good.png", "cut.png", "gone.png", "float.tif")]
     files += [zipfile.Path(tmp_path / "images.zip", name) for name in ("good.png", "cut too.png")]
     with pytest.raises(ValueError, match="4 of 6 images cannot be read") as error:
-        encode_images(*tiny, files, progress=False)
+        encode_images(*tiny, files)
     for name in ("cut.png", "gone.png", "float.tif.*8 bits", "images.zip/cut too.png"):
         assert re.search(name, str(error.value)), name
     assert "good.png" not in str(error.value)
-    with pytest.raises(ValueError, match="no images to encode"):
-        encode_images(*tiny, [])
+    many = [tmp_path / f"{i}.png" for i in range(5000)]
+    with pytest.raises(ValueError, match="5000 of 5000 images cannot be read: .*; ...$") as error:
+        encode_images(*tiny, many)
+    assert len(str(error.value)) < 3000 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("images, found", [
+    ("a.png", "a list with a list"), (Path("a.png"), "list"), (Image.new("RGB", (9, 9)), "list"),
+    (np.zeros((9, 9, 3), np.uint8), "ndarray"), (torch.zeros(3, 3, 9, 9), "Tensor"),
+    ([(Image.new("RGB", (9, 9)), 1)], "tuple"), (Split(["a.png"], [0]), "list"),
+    ([b"GIF"], "bytes"), ([], "0 images, 1 views")])
+def test_other_kinds_of_images_are_one_sentence(tiny, images, found):
+    with pytest.raises(ValueError, match=f"images are a list of paths or PIL .*{found}") as error:
+        encode_images(*tiny, images)
+    assert len(str(error.value)) < 200
 
 
 # ---------------------------------------------------------------- what is built in
@@ -352,7 +432,7 @@ def test_the_whole_fits_in_35_megabytes():
 
 
 def test_the_card_names_every_set_with_a_licence():
-    card = (mini_coop.DATA / "build/README.md").read_text(encoding="utf-8").splitlines()
+    card = (mini_coop.DATA / "LICENSES.md").read_text(encoding="utf-8").splitlines()
     for row in sets_table():
         start = f"| {row['set']} | {row['version']} |"
         line = next(line for line in card if line.startswith(start))
@@ -379,7 +459,7 @@ def test_the_built_in_clip_is_the_same_model_in_every_way(mini):
 
 def accuracy(mini, data, classify):
     """% of the test images that are right; classify: features (N, E) -> scores (N, K)."""
-    x = encode_images(*mini, data.test.images, progress=False)
+    x = encode_images(*mini, data.test.images)
     return 100 * (classify(x).argmax(1).cpu() == torch.tensor(data.test.labels)).double().mean()
 
 

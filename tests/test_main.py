@@ -1,4 +1,5 @@
-"""The main job end to end on a small setting, and the files that set the project up."""
+"""The main job end to end on a small setting, its results, and the files that set the project up.
+"""
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 
 import grid
 import mini_coop
+import report
 from mini_coop import CoOp, load_clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,9 +24,15 @@ SMALL = "--n-ctx 1 --epochs 1 --device cpu".split()
 
 
 def run(out, *command, dataset="styles"):
-    """Runs the main job; returns its results."""
+    """Runs the main job; returns the lines of its results."""
     grid.main(["--dataset", str(dataset), "--out", str(out), *SMALL, *map(str, command)])
-    return json.loads((Path(out) / f"mini_{Path(dataset).name}/results.json").read_text())
+    return report.read_lines(Path(out) / f"mini_{Path(dataset).name}/results.jsonl")
+
+
+def trained(lines):
+    """{(method, shots, seed): test accuracy} of the lines that have shots."""
+    return {(line["method"], line["shots"], line["seed"]): line["accuracy"]["test"]
+            for line in lines if "shots" in line}
 
 
 def photos(root, names=("red", "blue"), n=8):
@@ -32,7 +40,7 @@ def photos(root, names=("red", "blue"), n=8):
     for k, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for i in range(n):
-            Image.new("RGB", (70, 64), (200 - 160 * k, 3 * i, 40 + 160 * k)).save(
+            Image.new("RGB", (70, 64), (200 - 160 * k, 20 * i, 40 + 160 * k)).save(
                 root / name / f"{i}.png")
     return root
 
@@ -55,28 +63,34 @@ def fits(monkeypatch):
 
 def test_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run("runs", "--shots", 2, 1, 2, "--seeds", 2, 1, 1)
+    lines = run("~/runs".replace("~", "."), "--shots", 2, 1, 2, "--seeds", 2, 1, 1,
+                "--class-specific", "both")
     out = capsys.readouterr().out
-    assert list(result["few_shot"]) == list(grid.METHODS)
-    for method, by_shots in result["few_shot"].items():
-        assert method in out and list(by_shots) == ["1", "2"]  # sorted, each once
-        for rows in by_shots.values():
-            assert [row["seed"] for row in rows] == [1, 2]
-            assert all(0 <= row["test"] <= 100 for row in rows)
-    assert result["template"] in result["zero_shot"] and len(result["untrained"]) == 3
+    assert set(trained(lines)) == {(method, shots, seed) for method in report.METHODS
+                                   for shots in (1, 2) for seed in (1, 2)}
+    assert all(0 <= line["accuracy"]["test"] <= 100 for line in lines)
+    templates = [line["template"] for line in lines if line["method"] == "zero-shot"]
+    assert templates == ["{} style.", *grid.TEMPLATES]
+    assert sum(line["method"] == "untrained" for line in lines) == 5
     for said in ("torch ", "CLIP mini on cpu", "mean ± standard deviation",
-                 '  "outline style."\n  "hand-drawn style."'):
+                 '  "outline style."\n    CLIP\'s pieces of the name: outline\n',
+                 '  "hand-drawn style."\n    CLIP\'s pieces of the name: hand | - | drawn\n',
+                 *report.METHODS):
         assert said in out, said
     assert max(map(len, out.splitlines())) <= 80
     folder = Path("runs/mini_styles")
     assert Image.open(folder / "figure.png").size[0] > 500
-    # the saved context gives the accuracy that the JSON reports
+    # every line of a context names its file, which gives the accuracy of the line
     model, preprocess = load_clip("mini", "cpu")
     data = mini_coop.load_dataset("styles")
-    coop = CoOp.load(folder / "CoOp_unified_2_shots_seed_1.pt", model)
-    features = mini_coop.encode_images(model, preprocess, data.test.images, progress=False)
-    accuracy = result["few_shot"]["CoOp unified"]["2"][0]["test"]
-    assert 100 * coop.score(features, data.test.labels) == pytest.approx(accuracy, abs=1e-4)
+    features = mini_coop.encode_images(model, preprocess, data.test.images)
+    contexts = [line for line in lines if line["method"].startswith("CoOp")]
+    assert len({line["file"] for line in contexts}) == len(list(folder.glob("*.pt"))) == 8
+    for line in contexts[::3]:
+        coop = CoOp.load(folder / line["file"], model)
+        assert coop.seed == line["seed"] and coop.class_specific == ("specific" in line["method"])
+        accuracy = 100 * coop.score(features, data.test.labels)
+        assert accuracy == pytest.approx(line["accuracy"]["test"], abs=1e-4)
 
 
 def test_the_probe_learns_from_features_as_they_come(tmp_path, monkeypatch, mini):
@@ -84,125 +98,169 @@ def test_the_probe_learns_from_features_as_they_come(tmp_path, monkeypatch, mini
     seen = []
     probe = mini_coop.linear_probe
     monkeypatch.setattr(mini_coop, "linear_probe", lambda *args: seen.append(args) or probe(*args))
-    run(tmp_path, "--shots", 1, "--seeds", 1, "--class-specific", "no")
+    run(tmp_path, "--shots", 1, "--seeds", 1)
     few = mini_coop.few_shot(mini_coop.load_dataset("styles"), 1, 1)
     for x, split in zip(seen[0][::2], (few.train, few.val)):
         assert torch.allclose(x, mini_coop.encode_images(*mini, split.images), atol=1e-4)
 
 
 def test_a_probe_that_did_not_see_every_class():
-    few = mini_coop.Dataset("", [], "", *[mini_coop.Split(["a", "b"], [0, 2])] * 3, {})
-    scores = grid.probe_scores(few, {"a": torch.tensor([1.0, 0]), "b": torch.tensor([0, 1.0])}, 3)
-    assert scores(torch.eye(2)).argmax(1).tolist() == [0, 2]
+    x = torch.eye(2)
+    scores = grid.probe_scores(x, [0, 2], x, [0, 2], 3)
+    assert scores(x).argmax(1).tolist() == [0, 2]
 
 
 def test_on_imagenet_every_run_has_50_epochs(tmp_path, fits):
     photos(tmp_path / "imagenet/train")
     photos(tmp_path / "imagenet/test")
     grid.main(["--dataset", str(tmp_path / "imagenet"), "--out", str(tmp_path), "--n-ctx", "1",
-               "--shots", "2", "--seeds", "1", "--class-specific", "no"])
+               "--shots", "2", "--seeds", "1"])
     assert [epochs for *_, epochs in fits] == [50]
 
 
 def test_zero_epochs_are_untrained_contexts(tmp_path):
-    result = run(tmp_path, "--shots", 1, "--epochs", 0, "--class-position", "front")
-    coop = CoOp.load(tmp_path / "mini_styles/CoOp_unified_1_shots_seed_1.pt", load_clip()[0])
-    assert coop.class_position == "front"
-    trained = [row["test"] for row in result["few_shot"]["CoOp unified"]["1"]]
-    assert trained == [row["test"] for row in result["untrained"]]
+    lines = run(tmp_path, "--shots", 1, "--epochs", 0, "--class-position", "front")
+    untrained = [line["accuracy"] for line in lines if line["method"] == "untrained"]
+    assert [line["accuracy"] for line in lines if line["method"] == "CoOp unified"] == untrained[:3]
+    line = lines[-1]
+    assert (line["class_position"], line["epochs"], line["n_ctx"]) == ("front", 0, 1)
 
 
 def test_several_data_sets(tmp_path, capsys):
-    command = ["--dataset", "styles", "actions", "--shots", "1", "--seeds", "1", "2", *SMALL]
-    grid.main([*command, "--out", str(tmp_path)])
+    """A repeated --dataset adds up; averages are those of each seed."""
+    command = ["--dataset", "styles", "--dataset", "actions", "--shots", "1", "--seeds", "1", "2"]
+    grid.main([*command, *SMALL, "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert Image.open(tmp_path / "mini_styles+actions.png").size[0] > 800
     rows = []
     own = []
     for task in ("styles", "actions"):
-        result = json.loads((tmp_path / f"mini_{task}/results.json").read_text())
-        own.append(grid.own_template(result))
-        rows.append([row["test"] for row in result["few_shot"]["CoOp unified"]["1"]])
-    averages = np.mean(rows, axis=0)  # of each seed
+        lines = report.read_lines(tmp_path / f"mini_{task}/results.jsonl")
+        own.append(lines[0]["accuracy"]["test"])
+        rows.append([trained(lines)["CoOp unified", 1, seed] for seed in (1, 2)])
+    averages = np.mean(rows, axis=0)
     text = f"{averages.mean():.1f} ± {averages.std():.1f}"  # the population's
     assert re.search(rf"average of 2: few-shot(.|\n)*CoOp unified +{text}$", out, re.M)
     assert re.search(rf"their own templates +{np.mean(own):.1f}", out)
 
 
 def test_a_folder_of_your_own(tmp_path, capsys, fits):
-    """Views, a template, names that CLIP cannot read, no validation images, one seed."""
+    """Views, a template, names of any kind, no validation images, one seed."""
     root = tmp_path / "cash_$5_to_$10^"
     for part in ("train", "test"):
-        photos(root / part, ("n02085620", "n02085782-pug"))
-    with pytest.warns(UserWarning, match="cannot read class names such as 'n02085620'"):
-        result = run(tmp_path / "out", "--shots", 4, "--seeds", 1, "--views", 2, "--template",
-                     "a picture of {}.", dataset=root)
+        photos(root / part, ("001.Black_footed_Albatross", "SeaLake", "小猫"))
+    with pytest.warns(UserWarning, match="24 training|12 training"):  # train/ and test/ are equal
+        lines = run(tmp_path / "out", "--shots", 4, "--seeds", 1, "--views", 2, "--template",
+                    "a picture of {}.", dataset=root)
     out = capsys.readouterr().out
-    assert '"a picture of n02085620."' in out and "no linear probe" in out
-    assert list(result["few_shot"]) == ["CoOp unified", "CoOp class-specific"]
+    assert '"a picture of 001.Black footed Albatross."' in out and "no linear probe" in out
+    assert "pieces of the name: 0 | 0 | 1 | . | black | footed | al" in out
+    assert "the built-in CLIP knows icons only: for photographs add --model RN50" in out
+    assert {method for method, *_ in trained(lines)} == {"CoOp unified"}
     assert "±" not in re.search("CoOp unified.*", out)[0]  # one seed has no spread
-    assert [shape[:2] for shape in fits] == [(8, 2)] * 2  # 4 shots of two classes, 2 views
+    assert [shape[:2] for shape in fits] == [(12, 2)]  # 4 shots of three classes, 2 views
 
 
-def test_domains(tmp_path, capsys, mini):
+def test_the_same_picture_in_two_splits_or_classes(tmp_path, recwarn):
+    for part in ("train", "val", "test"):
+        photos(tmp_path / "set" / part)
+    picture = (tmp_path / "set/train/red/0.png").read_bytes()
+    (tmp_path / "set/test/blue/9.png").write_bytes(picture)
+    run(tmp_path / "out", "--shots", 8, "--seeds", 1, dataset=tmp_path / "set")
+    said = [str(w.message) for w in recwarn]
+    assert any(text.startswith("16 training images are in the test split") for text in said), said
+    assert "2 test images stand in two classes or more" in said
+    recwarn.clear()
+    run(tmp_path, "--shots", 1, "--seeds", 1)
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
+def test_domains(tmp_path, capsys):
     """A domain of less than half of the classes is scored among those, as ImageNet-A is; one of
     test images is no shift."""
-    root = photos(tmp_path / "photos", ("red", "blue", "green", "gray", "black"))
-    rows = {}
-    for k, name in enumerate(("red", "blue", "green", "gray", "black")):
-        rows[k] = [[f"{name}/{i}.png", k] for i in range(8)]
+    names = ["red", "blue", "green", "gray", "black"]
+    root = photos(tmp_path / "photos", names)
+    rows = {k: [[f"{name}/{i}.png", k] for i in range(8)] for k, name in enumerate(names)}
     every = sum(rows.values(), [])
-    spec = {"classnames": ["red", "blue", "green", "gray", "black"], "template": "{}",
+    spec = {"classnames": names, "template": "{}",
             "splits": {"train": every, "val": every, "test": every[::2]},
             "domains": {"same": every[::4], "all": every[1::2], "two": [*rows[3], *rows[4]][1::2]}}
     (root / "dataset.json").write_text(json.dumps(spec))
-    result = run(tmp_path / "out", "--shots", 1, "--seeds", 1, dataset=root)
-    row = result["zero_shot"]["{}"]
-    assert row["mean of shifts"] == (row["all"] + row["two"]) / 2
-    assert re.search(f"domains, 1 shot .*(.|\n)*mean of shifts +{row['mean of shifts']:.1f}",
+    with pytest.warns(UserWarning, match="are in the test split, too"):
+        lines = run(tmp_path / "out", "--shots", 1, "--seeds", 1, dataset=root)
+    row = lines[0]["accuracy"]
+    assert list(row) == ["test", "same", "all", "two"]
+    shifts = (row["all"] + row["two"]) / 2
+    assert re.search(f"domains, 1 shot .*(.|\n)*mean of shifts +{shifts:.1f}",
                      capsys.readouterr().out)
-    tests = {"two": (torch.zeros(2, 4), torch.tensor([3, 4]), True)}
+    tests = {"two": (torch.zeros(2, 4), [3, 4])}
     scores = torch.tensor([5.0, 4, 3, 2, 1]).expand(2, 5)  # class 0 is not among the answers
     assert grid.accuracies(tests, lambda x: scores)["two"] == 50
 
 
-# ---------------------------------------------------------------- resuming
+# ---------------------------------------------------------------- lines: resumed, varied, shared
 
-def test_finished_runs_are_kept(tmp_path, fits, monkeypatch):
+def test_a_line_is_not_run_again_and_whatever_differs_is_another_line(tmp_path, fits, monkeypatch,
+                                                                      capsys):
     command = ["--shots", 1, 2, "--seeds", 1, 2]
     first = run(tmp_path, *command)
-    assert len(fits) == 8  # 2 shots x 2 seeds x 2 forms
+    assert len(fits) == 4
     encoded = []
     encode = mini_coop.encode_images
     monkeypatch.setattr(mini_coop, "encode_images",
-                        lambda *args: encoded.append(1) or encode(*args))
+                        lambda *args, **more: encoded.append(1) or encode(*args, **more))
+    capsys.readouterr()
     assert run(tmp_path, *command) == first
-    assert len(fits) == 8 and not encoded  # nothing is left to do, so nothing is encoded
-    more = run(tmp_path, *command, "--seeds", 3, "--class-specific", "no")
-    assert [shape[0] for shape in fits[8:]] == [8, 16]
-    few = more["few_shot"]["CoOp unified"]["2"]
-    assert [row["seed"] for row in few] == [1, 2, 3]
-    assert few[:2] == first["few_shot"]["CoOp unified"]["2"]
+    assert len(fits) == 4 and not encoded  # nothing is left to do, so nothing is encoded
+    assert "20 of 20 runs are in" in capsys.readouterr().out
+    more = run(tmp_path, *command, "--seeds", 3)
+    assert more[:len(first)] == first and [shape[0] for shape in fits[4:]] == [8, 16]
+    # a variant needs no other --out, and the first command still finds its own lines
+    varied = run(tmp_path, *command, "--epochs", 0, "--class-position", "front")
+    assert varied[:len(more)] == more and len(fits) == 10
+    capsys.readouterr()
+    run(tmp_path, *command)
+    assert "20 of 20 runs are in" in capsys.readouterr().out and len(fits) == 10
 
 
-def test_a_killed_run_resumes(tmp_path, fits):
-    command = ["--dataset", "styles", "--shots", "1", "2", "--seeds", "1", "2", *SMALL]
-    job = subprocess.Popen([sys.executable, ROOT / "mini_coop.py", *command, "--out", tmp_path],
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = tmp_path / "mini_styles/results.json"
-    while job.poll() is None and not file.exists():
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    before = json.loads(file.read_text())["few_shot"]
-    n_before = sum(len(rows) for by_shots in before.values() for rows in by_shots.values())
-    assert 0 < n_before < 12
-    after = run(tmp_path, "--shots", 1, 2, "--seeds", 1, 2)["few_shot"]
-    assert len(fits) == 8 - sum(map(len, [*before.get("CoOp unified", {}).values(),
-                                          *before.get("CoOp class-specific", {}).values()]))
-    for method, by_shots in before.items():
-        for shots, rows in by_shots.items():
-            assert after[method][shots][:len(rows)] == rows
+def test_data_that_were_copied_are_the_same_and_other_images_are_not(tmp_path, fits):
+    root = photos(tmp_path / "photos", n=16)
+    command = ["--shots", 1, "--seeds", 1]
+    first = run(tmp_path, *command, dataset=root)
+    for file in root.glob("*/*.png"):
+        os.utime(file, (1, 1))
+    assert run(tmp_path, *command, dataset=root) == first
+    file.write_bytes(file.read_bytes() + b"more")
+    again = run(tmp_path, *command, dataset=root)
+    assert again[:len(first)] == first and len(again) == 2 * len(first) and len(fits) == 2
+
+
+def test_a_result_does_not_depend_on_the_rest_of_the_command(tmp_path):
+    command = ["--views", 2, "--seeds", 1, "--epochs", 3]
+    together = trained(run(tmp_path / "a", *command, "--shots", 1, 4))
+    run(tmp_path / "b", *command, "--shots", 4)
+    assert trained(run(tmp_path / "b", *command, "--shots", 1)) == together
+
+
+def test_jobs_side_by_side_and_a_killed_one(tmp_path):
+    """Three processes in one folder; one is killed, and its line was cut off."""
+    command = [sys.executable, ROOT / "mini_coop.py", "--dataset", "styles", "--shots", "1", "2",
+               *SMALL, "--out", tmp_path]
+    jobs = [subprocess.Popen([*map(str, command), "--seeds", str(seed)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for seed in (1, 2, 3)]
+    file = tmp_path / "mini_styles/results.jsonl"
+    while not trained(report.read_lines(file)):
+        time.sleep(0.05)
+    jobs[0].send_signal(signal.SIGKILL)
+    assert [job.wait() for job in jobs] == [-signal.SIGKILL, 0, 0]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with pytest.warns(UserWarning, match="is cut off and skipped"):
+        lines = run(tmp_path, "--shots", 1, 2, "--seeds", 1, 2, 3)
+    assert len(trained(lines)) == 12 and not list(tmp_path.rglob("*.part"))
+    kept = [json.loads(text) for text in whole.splitlines()[:-1]]
+    assert lines[:len(kept)] == kept
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch):
@@ -215,45 +273,40 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CoOp, "fit", stop)
     with pytest.raises(SystemExit, match="the same command resumes"):
-        run(tmp_path, "--shots", 1, "--seeds", 1, 2, "--class-specific", "no")
-    few = json.loads((tmp_path / "mini_styles/results.json").read_text())["few_shot"]
-    assert len(few["CoOp unified"]["1"]) == 1
-    assert not list(tmp_path.rglob("*.part"))
+        run(tmp_path, "--shots", 1, "--seeds", 1, 2)
+    lines = report.read_lines(tmp_path / "mini_styles/results.jsonl")
+    assert {seed for _, _, seed in trained(lines) if _ == 1} == {1, 2}
+    assert [key for key in trained(lines) if key[0] == "CoOp unified"] == [("CoOp unified", 1, 1)]
 
 
-def test_other_settings_images_names_or_weights_are_one_error(tmp_path, monkeypatch, tiny):
-    root = photos(tmp_path / "photos")
-    out = tmp_path / "out"
-    command = ["--shots", 1, "--seeds", 1]
-    run(out, *command, dataset=root)
-
-    def refused(what, *more):
-        with pytest.raises(SystemExit, match=f"results of other {what}: choose another --out"):
-            run(out, *command, *more, dataset=root)
-
-    refused("class_position", "--class-position", "front")
-    refused("n_ctx, views", "--n-ctx", 2, "--views", 2)
-    refused("template", "--template", "{}")
-    with monkeypatch.context() as other:
-        other.setattr(mini_coop, "load_clip", lambda *args: tiny)
-        refused("weights")
-    (root / "blue").rename(root / "azure")
-    refused("class names")
-    (root / "azure").rename(root / "blue")
-    os.utime(root / "blue/0.png", (1, 1))
-    refused("images")
-
+# ---------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("command, message", [
     ("--dataset nowhere", "no data set 'nowhere'"),
     ("--model RN5", "neither 'mini', nor one of RN50"),
-    ("--shots 0", "shots begin at 1"),
-    ("--epochs 9 --shots 1 --n-ctx 0", "one vector or more"),
+    ("--shots 4 0", "--shots begins at 1, not 0"),
+    ("--views 0", "--views begins at 1, not 0"),
+    ("--epochs -1", "--epochs begins at 0, not -1"),
+    ("--n-ctx 0", "--n-ctx begins at 1, not 0"),
+    ("--n-ctx 90", "a prompt of 95 tokens, but CLIP reads 77"),
+    ("--template icon", "'icon' has no {} for the class name"),
+    ("--ctx-init {}", "no place for a name"),
+    ("--dataset styles ./data/styles", "two data sets of one name"),
     ("--device gpu", "gpu"),
 ])
-def test_errors_are_one_line(command, message, tmp_path):
-    with pytest.raises(SystemExit, match=f"^mini_coop.py: error: .*{message}"):
+def test_wrong_options_are_one_line_before_any_image_is_encoded(command, message, tmp_path,
+                                                               monkeypatch):
+    monkeypatch.setattr(mini_coop, "encode_images", None)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=f"^mini_coop.py: error: .*{re.escape(message)}") as stop:
         grid.main([*command.split(), "--out", str(tmp_path / "out")])
+    assert len(str(stop.value).splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(mini_coop, "few_shot", lambda *args: {}["no such key"])
+    with pytest.raises(KeyError):
+        run(tmp_path)
 
 
 def test_a_folder_without_test_images(tmp_path):
@@ -264,69 +317,98 @@ def test_a_folder_without_test_images(tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    """Warnings come without source lines, and an ASCII terminal is no obstacle."""
+    """Warnings come without source lines, an ASCII terminal is no obstacle, a checkpoint's path is
+    no folder, `~` is the home."""
     photos(tmp_path / "photos", n=12)
     command = [sys.executable, ROOT / "mini_coop.py", "--dataset", tmp_path / "photos", "--shots",
-               "9", "--seeds", "1", "2", *SMALL, "--class-specific", "no", "--out", tmp_path]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+               "9", "--seeds", "1", "2", *SMALL, "--out", "~/out", "--model",
+               ROOT / "data/mini_clip.pt"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}
     job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert job.returncode == 0 and "CoOp unified" in job.stdout, job.stderr
-    assert "\nwarning: fewer than 9 training images of blue, red\n" in f"\n{job.stderr}"
+    few = "\nwarning: fewer than 9 training images of blue (6), red (6)\n"
+    assert few in f"\n{job.stderr}"
+    (folder,) = (tmp_path / "out").iterdir()
+    assert re.fullmatch(r"[\w.-]+-data-mini_clip.pt_photos", folder.name)
 
 
-# ---------------------------------------------------------------- the paper's figures
+# ---------------------------------------------------------------- reading results
 
-SETTINGS = {"model": "RN50", "n_ctx": 16, "ctx_init": None, "class_position": "end", "epochs": None}
+def test_select_takes_what_does_not_depend_and_the_last_of_equals():
+    line = {"data": "x", "method": "CoOp unified", "n_ctx": 16, "seed": 1, "shots": 1,
+            "torch": "2.10", "accuracy": {"test": 1}}
+    later = {**line, "torch": "2.14", "accuracy": {"test": 2}}
+    probe = {"data": "x", "method": "linear probe", "seed": 1, "shots": 1, "accuracy": {"test": 3}}
+    lines = [line, probe, {**line, "n_ctx": 4}, {**line, "data": "y"}, later]
+    found = report.select(lines, data="x", n_ctx=16)
+    assert found == [later, probe]
 
 
-def result_like(settings, shots=("1", "16"), domains=("imagenet_a",)):
-    row = {"test": 50.0, **dict.fromkeys(domains, 20.0)}
-    return {"settings": {**SETTINGS, **settings}, "template": "{}", "zero_shot": {"{}": row},
-            "untrained": [row], "chance": 1.0,
-            "few_shot": dict.fromkeys(grid.METHODS, dict.fromkeys(shots, [row, row]))}
+def results_like(n_ctx, ctx_init, shots=(1, 16), epochs=None, position="end"):
+    """Results of the main job on ImageNet, all 50 %, and the paper's for this setting."""
+    context = {"n_ctx": n_ctx, "class_position": position, "ctx_init": ctx_init, "epochs": epochs}
+    accuracy = {"test": 50.0, "imagenet_a": 20.0}
+    template = "a photo of a {}."
+    lines = [{"method": "zero-shot", "template": template, "accuracy": accuracy},
+             {"method": "untrained", **context, "seed": 1, "accuracy": accuracy}]
+    for method in report.METHODS:
+        for n in shots:
+            for seed in (1, 2):
+                lines.append({"method": method, "shots": n, "seed": seed, "accuracy": accuracy})
+    return report.Results(lines, template, 0.1), report.papers("RN50", **context).get("imagenet")
 
 
-def test_the_papers_figures_stand_beside_the_same_setting_only():
-    text = grid.tables(result_like({}), "imagenet")
+def test_the_papers_numbers_stand_beside_the_same_setting_only():
+    text = report.tables("imagenet", *results_like(16, None), note="  (views)")
     assert re.search(r"CoOp unified +50.0 ± 0.0 +50.0 ± 0.0\n +the paper +57.1 +63.0", text)
-    assert re.search(r"the paper +58.2\n", text)
+    assert re.search(r"the paper, its template +58.2\n", text) and "\n  (views)\n" in text
     assert re.search(r"imagenet_a +20.0 .*\n +the paper +21.6 +12.7 +22.1", text)  # Table 1
-    text = grid.tables(result_like({"ctx_init": "a photo of a"}), "imagenet")
+    text = report.tables("imagenet", *results_like(4, "a photo of a"))
     assert "63.0" not in text and re.search(r"imagenet_a .*\n +the paper +21.6 +12.7 +23.1", text)
-    for other in ({"n_ctx": 8}, {"class_position": "front"}, {"epochs": 10}, {"model": "mini"}):
-        assert "the paper" not in grid.tables(result_like(other), "imagenet"), other
-    one_shot = grid.tables(result_like({}, ("1",)), "imagenet")
-    assert "57.1" in one_shot and "23.1" not in one_shot and "12.7" not in one_shot
+    for other in ({"n_ctx": 8}, {"position": "front"}, {"epochs": 10}):
+        setting = {"n_ctx": 16, "ctx_init": None, **other}
+        text = report.tables("imagenet", *results_like(**setting))
+        assert "55.9" in text and "63.0" not in text, other  # the probe does not depend on it
+    assert report.papers("mini") == {}
+    one_shot = report.tables("imagenet", *results_like(16, None, (1,)))
+    assert "57.1" in one_shot and "22.1" not in one_shot and "12.7" not in one_shot
 
 
-def test_the_papers_average_is_that_of_its_data_sets():
-    for position in ("end", "middle"):
-        figures = grid.paper({**SETTINGS, "class_position": position})
-        average = figures.pop("average of 11")
-        figures.pop("domains", None)
-        assert len(figures) == 11
-        for method, by_shots in average.items():
-            for n, accuracy in by_shots.items():
-                values = [of_data_set[method][n] for of_data_set in figures.values()]
-                assert accuracy == pytest.approx(np.mean(values), abs=0.006)
-    shots = ("1", "2", "4", "8", "16")
-    text = grid.tables(grid.average([result_like({}, shots, ())] * 2), "average of 11")
-    for row in ("59.6 +62.3 +66.8 +69.9 +73.4", "44.9 +52.0 +60.1 +65.9 +71.4",
-                "36.7 +47.6 +57.2 +65.0 +71.1"):
-        assert re.search(f"the paper +{row}", text), text
+def test_the_papers_averages():
+    """The averages that the published spreadsheet gives, for two class positions."""
+    for position, last in (("end", 73.42), ("middle", 73.33)):
+        average = report.average(list(report.papers(class_position=position).values()))
+        assert average.accuracies("linear probe", 16) == [pytest.approx(71.10, abs=0.01)]
+        assert average.accuracies("CoOp unified", 16) == [pytest.approx(last, abs=0.01)]
+    assert average.zero_shot() == pytest.approx(58.77, abs=0.01)
+
+
+def test_the_papers_numbers_need_the_papers_data_set(tmp_path, capsys, monkeypatch):
+    """A folder that happens to be called dtd is not the paper's."""
+    monkeypatch.setattr(report, "papers", lambda model, **setting: {"dtd": report.Results(
+        [{"method": "zero-shot", "accuracy": {"test": 42.0}}], "{} texture.", 100 / 47)})
+    photos(tmp_path / "dtd", n=12)
+    run(tmp_path / "out", "--shots", 1, "--seeds", 1, dataset=tmp_path / "dtd")
+    assert "the paper" not in capsys.readouterr().out
 
 
 def test_the_figure_takes_methods_and_shots_as_they_are(tmp_path):
     """Of one data set there may be fewer methods, of one method fewer shots."""
-    full = result_like({}, ("1", "2", "16"))
-    some = {**full, "few_shot": {"CoOp unified": full["few_shot"]["CoOp unified"],
-                                 "CoOp class-specific": {"16": [{"test": 50.0}]}}}
-    figure = grid.over_shots({"a $x": full, "b": some})
+    full = results_like(16, None, (1, 2, 16))[0]
+    some = full._replace(chance=50.0, lines=[
+        line for line in full.lines if line["method"] in ("zero-shot", "CoOp unified")
+        or (line["method"] == "CoOp class-specific" and line["shots"] == 16)])
+    figure = report.over_shots({"a $x": full, "b": some})
     figure.savefig(tmp_path / "figure.png")  # lays it out: the legend must not be cut off
     assert len(figure.axes) == 2 and figure.legends[0].get_window_extent().x0 > 0
     for ax in figure.axes:
         low, high = ax.get_ylim()
-        assert high - low >= 30  # noise must not look like a trend
+        assert 30 <= high - low <= 102  # noise must not look like a trend; no axis beyond 100 %
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "chance" in named and "untrained context" in named
+    only = report.over_shots({"b": some._replace(chance=0.1)})
+    named = [text.get_text() for text in only.legends[0].get_texts()]
+    assert "chance" not in named and "linear probe" not in named  # neither is drawn
 
 
 # ---------------------------------------------------------------- the project's files

@@ -81,7 +81,8 @@ def another(tmp_path_factory, tiny):
             noise[..., k] += 100
             Image.fromarray(noise).save(folder / "photos" / name / f"{i}.jpg")
     grid.main(["--model", str(folder / "clip.pt"), "--dataset", str(folder / "photos"), "--shots",
-               "1", "4", "--seeds", "1", "2", "--n-ctx", "2", "--out", str(folder / "runs")])
+               "1", "4", "--seeds", "1", "2", "--class-specific", "both", "--epochs", "2", "--out",
+               str(folder / "runs")])
     return {"MINI_COOP_MODEL": str(folder / "clip.pt"), "MINI_COOP_DATA": str(folder / "photos"),
             "MINI_COOP_RUNS": str(folder / "runs")}
 
@@ -100,7 +101,7 @@ def test_settings_at_the_top_of_a_notebook(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     assert lessons.settings() == ("mini", lessons.TASKS.split(), True)
     assert lessons.settings("a.pt", "a/photos dtd") == ("a.pt", ["a/photos", "dtd"], False)
-    assert lessons.choose("objects") == "a/photos" and lessons.kept("dtd") is None
+    assert lessons.choose("objects") == "a/photos"
 
 
 def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):

@@ -1,7 +1,7 @@
-"""Step 4: the parts of data/README.md that are made from data and results.
+"""Step 4: what data/README.md and data/results.md show of data and results.
 
-    python card.py                      the tables and the figure of ../results, the tasks' picture
-    python card.py --runs ../../runs    the same, after taking the results of the card's commands
+    python card.py                      tables and figure of ../results.jsonl, the tasks' picture
+    python card.py --runs ../../runs    the same, after taking the lines of the card's commands
     python card.py --work work          and the table of icon sets
 """
 import argparse
@@ -11,29 +11,49 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from icons import HERE, read_sets
 from mini_coop import encode_images, load_clip, load_dataset, open_image
 
-sys.path.append(str(HERE.parents[1] / "notebooks"))
-from lessons import TASKS, grid, kept, papers_average, typical  # noqa: E402
+DATA = HERE.parent
+sys.path.append(str(DATA))
+import report  # noqa: E402
+from grid import TEMPLATES  # noqa: E402
 
-TASKS = TASKS.split()
-SHOTS = ["1", "2", "4", "8", "16"]
-# in data/README.md: what stands between a mark and the next is replaced
+TASKS = "favicons objects things pixels styles designers actions".split()
+SHIFTED = ["favicon_outlines", "outlines"]
+SHOTS = (1, 2, 4, 8, 16)
+PROBE, UNIFIED, SPECIFIC = report.METHODS
+# in data/README.md and data/LICENSES.md: what stands between a mark and the next is replaced
 RESULTS = "<!-- results: made by data/build/card.py -->\n"
 END = "<!-- end of results -->\n"
 SETS = "<!-- sets: made by card.py -->\n"
 
 
 def collect(runs):
-    """runs/[<setting>/]mini_<task>/results.json -> ../results/<task>[_<setting>].json"""
-    for file in sorted(runs.rglob("mini_*/results.json")):
-        task = file.parent.name.removeprefix("mini_")
-        setting = file.parent.parent.name
-        suffix = "" if file.parent.parent == runs else f"_{setting}"
-        (HERE.parent / f"results/{task}{suffix}.json").write_text(file.read_text())
+    """runs/mini_<task>/results.jsonl of all tasks -> ../results.jsonl, without the contexts'
+    files; only if they were made by one torch on one kind of device, and none is missing."""
+    lines = []
+    for task in TASKS + SHIFTED:
+        lines += report.read_lines(runs / f"mini_{task}/results.jsonl")
+    made = {(line["torch"], line["device"], line["weights"]) for line in lines}
+    for task in TASKS + SHIFTED:
+        there = {(line["method"], line.get("shots")) for line in lines if line["data"] == task}
+        missing = {(method, n) for method in report.METHODS for n in SHOTS} - there
+        if missing or len(made) > 1:
+            sys.exit(f"{task} lacks {missing}, or there are several of {made}")
+    text = "".join(json.dumps({k: v for k, v in line.items() if k != "file"}) + "\n"
+                   for line in lines)
+    (DATA / "results.jsonl").write_text(text)
+
+
+def kept(task, **setting):
+    """The Results of a task, in the paper's setting or another one."""
+    data = load_dataset(task)
+    lines = report.select_runs(report.read_lines(DATA / "results.jsonl"), data=task, **setting)
+    return report.Results(lines, data.template, 100 / len(data.classnames))
 
 
 def sets_table(work):
@@ -51,6 +71,13 @@ def sets_table(work):
     return "\n".join(lines)
 
 
+def typical(features, labels, k):
+    """The index of the image (N, E) nearest to the mean of class k."""
+    mine = [i for i, label in enumerate(labels) if label == k]
+    x = F.normalize(features[mine], dim=-1)
+    return mine[(x @ x.mean(0)).argmax()]
+
+
 def tasks_picture(path):
     """A typical training image of eight classes of each task."""
     fig = Figure((9, 1.25 * len(TASKS)), layout="constrained")
@@ -59,10 +86,10 @@ def tasks_picture(path):
     for name, of_task in zip(TASKS, axes):
         data = load_dataset(name)
         same = load_dataset({"favicons": "objects", "pixels": "objects"}.get(name, name))
-        features = encode_images(model, preprocess, same.train.images, progress=False)
-        some = typical(features, data.train.labels)  # of one drawing in all its sizes
-        for label, ax in enumerate(of_task):
-            ax.imshow(open_image(data.train.images[some[label]]))
+        features = encode_images(model, preprocess, same.train.images)
+        for label, ax in enumerate(of_task):  # of one drawing in all its sizes
+            image = data.train.images[typical(features, data.train.labels, label)]
+            ax.imshow(open_image(image))
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(data.classnames[label], fontsize=10)
         of_task[0].set_ylabel(name, fontsize=11)
@@ -79,113 +106,127 @@ def head(*cells):
     return [row(*cells), "|---" * len(cells) + "|"]
 
 
-def of_shots(result, method):
+def of_shots(results, method):
     """The cells of a method: mean ± standard deviation for each number of shots."""
-    return [grid.spelled(rows) for rows in result["few_shot"][method].values()]
+    return [report.format_mean(results.accuracies(method, n)) for n in SHOTS]
 
 
-def gaps(result, method, other=None):
+def gaps(results, method, other=None):
     """Cells: a method minus another one, or minus the templates, in points."""
     cells = []
-    for n, rows in result["few_shot"][method].items():
-        minus = grid.own_template(result)
-        if other:
-            minus = grid.mean_std(result["few_shot"][other][n])[0]
-        cells.append(f"{grid.mean_std(rows)[0] - minus:+.1f}")
+    for n in SHOTS:
+        minus = mean(results.accuracies(other, n)) if other else results.zero_shot()
+        cells.append(f"{mean(results.accuracies(method, n)) - minus:+.1f}")
     return cells
 
 
 def average_table(ours, theirs):
     """Averages over the seven tasks beside the paper's over its eleven data sets."""
-    lines = head("average, %", "0", *SHOTS)
-    for method in grid.METHODS[::-1]:
+    lines = head("average, %", "0", *map(str, SHOTS))
+    for method in report.METHODS[::-1]:
         lines.append(row(method, "", *of_shots(ours, method)))
         lines.append(row("the paper", "", *of_shots(theirs, method)))
-    for name, result in (("zero-shot, the tasks' templates", ours), ("the paper", theirs)):
-        lines.append(row(name, f"{grid.own_template(result):.1f}", *[""] * 5))
-    lines.append(row("untrained random contexts", grid.spelled(ours["untrained"]), *[""] * 5))
+    for name, results in (("zero-shot, the tasks' templates", ours), ("the paper", theirs)):
+        lines.append(row(name, f"{results.zero_shot():.1f}", *[""] * 5))
+    untrained = report.format_mean(ours.accuracies("untrained"))
+    lines.append(row("untrained random contexts", untrained, *[""] * 5))
     return lines
 
 
-def gap_table(results, theirs):
-    """Unified CoOp minus templates and minus probe, and class-specific minus unified."""
-    lines = head("points", "", *SHOTS)
-    ours = grid.average(list(results.values()))
-    for text, pair in (("unified − template", ["CoOp unified"]),
-                       ("unified − probe", ["CoOp unified", "linear probe"]),
-                       ("class-specific − unified", ["CoOp class-specific", "CoOp unified"])):
-        for name, result in (("the paper", theirs), ("average", ours), *results.items()):
-            lines.append(row(text, name, *gaps(result, *pair)))
+def gap_table(rows):
+    """Unified CoOp minus templates and minus probe, and class-specific minus unified; rows:
+    {name: Results}."""
+    lines = head("points", "", *map(str, SHOTS))
+    for text, pair in (("unified − template", [UNIFIED]), ("unified − probe", [UNIFIED, PROBE]),
+                       ("class-specific − unified", [SPECIFIC, UNIFIED])):
+        for name, results in rows.items():
+            lines.append(row(text, name, *gaps(results, *pair)))
             text = ""
     return lines
 
 
 def task_table(results):
     """A row for each task and method."""
-    lines = head("test accuracy, %", "chance", "template", "untrained", "method", *SHOTS)
-    for task, result in results.items():
-        first = [task, f"{result['chance']:.1f}", f"{grid.own_template(result):.1f}",
-                 grid.spelled(result["untrained"])]
-        for method in ("CoOp unified", "CoOp class-specific", "linear probe"):
-            lines.append(row(*first, method, *of_shots(result, method)))
+    lines = head("test accuracy, %", "chance", "template", "untrained", "method", *map(str, SHOTS))
+    for task, of_task in results.items():
+        first = [task, f"{of_task.chance:.1f}", f"{of_task.zero_shot():.1f}",
+                 report.format_mean(of_task.accuracies("untrained"))]
+        for method in (UNIFIED, SPECIFIC, PROBE):
+            lines.append(row(*first, method, *of_shots(of_task, method)))
             first = [""] * 4
     return lines
 
 
 def template_table(results):
     """Zero-shot accuracy of every hand-written prompt."""
-    lines = head("zero-shot, %", "its template", *grid.TEMPLATES)
-    for task, result in results.items():
-        cells = [f"{result['zero_shot'][template]['test']:.1f}" for template in grid.TEMPLATES]
-        lines.append(row(task, f"{grid.own_template(result):.1f}", *cells))
+    lines = head("zero-shot, %", "its template", *TEMPLATES)
+    for task, of_task in results.items():
+        cells = [f"{of_task._replace(template=template).zero_shot():.1f}" for template in TEMPLATES]
+        lines.append(row(task, f"{of_task.zero_shot():.1f}", *cells))
     return lines
 
 
 def shift_table(task, runs):
-    """A task of outlines: test split, the four shifts and their mean; runs: (name, results)."""
-    result = kept(task)
+    """A task of outlines: test split, the four shifts and their mean; runs: {name: (method,
+    setting)}."""
     shifts = ["solid", "two-tone", "colour", "dark"]
     lines = head(task, "labels", "source", *shifts, "mean of shifts")
 
-    def cells(rows):
-        values = [mean(r[split] for r in rows) for split in ("test", *shifts)]
+    def cells(results, method, shots=None):
+        values = [mean(results.accuracies(method, shots, split)) for split in ("test", *shifts)]
         return [f"{value:.1f}" for value in (*values, mean(values[1:]))]
 
-    for template in dict.fromkeys([result["template"], "a photo of a {}."]):
-        lines.append(row(f"“{template}”", "0", *cells([result["zero_shot"][template]])))
-    for name, method, variant in runs:
-        by_shots = kept(task, variant)["few_shot"][method]
-        for n, labels in (("1", "1"), ("4", "4"), ("16", "all")):  # a class has 6 to 13
-            lines.append(row(name, labels, *cells(by_shots[n])))
+    results = kept(task)
+    for template in dict.fromkeys([results.template, "a photo of a {}."]):
+        lines.append(row(f"“{template}”", "0",
+                         *cells(results._replace(template=template), "zero-shot")))
+    lines.append(row("untrained contexts, M = 16", "0", *cells(results, "untrained")))
+    for name, (method, setting) in runs.items():
+        results = kept(task, **setting)
+        for n, labels in ((1, "1"), (4, "4"), (16, "all")):  # a class has 6 to 13
+            lines.append(row(name, labels, *cells(results, method, n)))
     return lines
 
 
 def variant_table():
     """Class position, M and start of the unified context, averaged over the tasks."""
-    shots = ("1", "4", "16")
+    shots = (1, 4, 16)
     lines = head("CoOp unified, average of seven, %", *[f"labels: {n}" for n in shots])
-    for name, suffix in (("class name at the end, M = 16", ""), ("in the middle", "_middle"),
-                         ("in front", "_front"), ("M = 4", "_m4"), ("from words", "_words")):
-        average = grid.average([kept(task, suffix) for task in TASKS])
-        cells = [grid.spelled(average["few_shot"]["CoOp unified"][n]) for n in shots]
+    for name, setting in (("class name at the end, M = 16", {}),
+                          ("in the middle", {"class_position": "middle"}),
+                          ("in front", {"class_position": "front"}), ("M = 4", {"n_ctx": 4}),
+                          ("from words", {"ctx_init": "an icon of a"})):
+        results = [kept(task, **setting) for task in TASKS]
+        if name == "from words":
+            results[0] = kept("favicons", ctx_init="a pixel art")
+        average = report.average(results)
+        cells = [report.format_mean(average.accuracies(UNIFIED, n)) for n in shots]
         lines.append(row(name, *cells))
     return lines
 
 
-def all_tables():
-    results = {task: kept(task) for task in TASKS}
-    ours = grid.average(list(results.values()))
-    theirs = papers_average()
-    main = [("linear probe", "linear probe", ""), ("CoOp unified, M = 16", "CoOp unified", "")]
-    more = [("CoOp unified, M = 4", "CoOp unified", "_m4"),
-            ("CoOp unified, from “a pixel art”", "CoOp unified", "_words")]
-    parts = {
-        "Few labels beat hand-written prompts": average_table(ours, theirs),
-        "The gaps": gap_table(results, theirs), "Every task": task_table(results),
-        "Wording matters": template_table(results),
-        "A learned prompt travels": shift_table("favicon_outlines", main + more),
-        "The counter-example": shift_table("outlines", main), "Variants": variant_table()}
+def titled(parts):
     return "\n".join(f"### {title}\n\n" + "\n".join(lines) + "\n" for title, lines in parts.items())
+
+
+def all_tables():
+    """-> the tables of data/README.md, one per claim, and those of data/results.md."""
+    results = {task: kept(task) for task in TASKS}
+    ours = report.average(list(results.values()))
+    theirs = report.average(list(report.papers().values()))
+    main = {"linear probe": (PROBE, {}), "CoOp unified, M = 16": (UNIFIED, {})}
+    more = {"CoOp unified, M = 4": (UNIFIED, {"n_ctx": 4}),
+            "CoOp unified, from “a pixel art”": (UNIFIED, {"ctx_init": "a pixel art"})}
+    of_card = {
+        "Few labels beat hand-written prompts": average_table(ours, theirs),
+        "The gaps": gap_table({"the paper": theirs, "here": ours}),
+        "Wording matters": template_table(results),
+        "A learned prompt travels": shift_table("favicon_outlines", main | more)}
+    full = {
+        "Every task": task_table(results), "The gaps": gap_table(results),
+        "The counter-example of a shift": shift_table("outlines", main),
+        "Variants": variant_table()}
+    return titled(of_card), titled(full)
 
 
 def replaced(path, start, end, text):
@@ -203,13 +244,15 @@ def main():
     args = parser.parse_args()
     if args.runs:
         collect(args.runs)
-    replaced(HERE.parent / "README.md", RESULTS, END, all_tables())
+    of_card, full = all_tables()
+    replaced(DATA / "README.md", RESULTS, END, of_card)
+    replaced(DATA / "results.md", RESULTS, END, full)
     if args.work:
-        replaced(HERE / "README.md", SETS, "", sets_table(args.work) + "\n")
+        replaced(DATA / "LICENSES.md", SETS, "", sets_table(args.work) + "\n")
     results = {task: kept(task) for task in TASKS}
-    panels = {"average of seven": grid.average(list(results.values())), **results}
-    grid.over_shots(panels).savefig(HERE.parent / "results/tasks_over_shots.png", dpi=150)
-    tasks_picture(HERE.parent / "results/tasks.png")
+    panels = {"average of seven": report.average(list(results.values())), **results}
+    report.over_shots(panels).savefig(DATA / "figures/tasks_over_shots.png", dpi=150)
+    tasks_picture(DATA / "figures/tasks.png")
 
 
 if __name__ == "__main__":

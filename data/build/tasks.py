@@ -331,7 +331,7 @@ def write(task, folder, classnames, template, splits, domains=None, archive="ima
     folder.mkdir(parents=True, exist_ok=True)
     if "/" not in archive:
         write_archive(folder / archive, splits, domains or {}, pixels)
-    data = {"format": 1, "name": task, "template": template, "classnames": classnames,
+    data = {"template": template, "classnames": classnames,
             "images": archive, "splits": {}}
     for s in SPLITS:
         data["splits"][s] = [[file_name(d), label] for d, label in splits[s]]
@@ -362,7 +362,7 @@ def favicons(data):
     for task, source, images in (("favicons", "objects", "images.zip"),
                                  ("favicon_outlines", "outlines", "../favicons/images.zip")):
         spec = json.loads((data / source / "dataset.json").read_text(encoding="utf-8"))
-        spec |= {"name": task, "template": TEMPLATES["favicons"], "images": images}
+        spec |= {"template": TEMPLATES["favicons"], "images": images}
         if task == "favicons":
             del spec["domains"]
         (data / task).mkdir(exist_ok=True)

@@ -420,8 +420,7 @@ def write(run, out):
     build_model(dict(state))  # refuses what OpenAI's code could not read
     torch.save(state, out.with_suffix(".tmp"))
     out.with_suffix(".tmp").replace(out)
-    print(f"{out}: try it with --model; its SHA-256 is",
-          hashlib.sha256(out.read_bytes()).hexdigest())
+    print(f"{out}: try it with --model")
 
 
 @torch.no_grad()
