@@ -12,8 +12,8 @@ is Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 202
     SOS V1 .. VM cat . EOT --> text encoder --> features (K, E) --+                              |
         ^------------------- gradients reach the context, nothing else is trained <--------------+
 
-Shapes: N images, B of them in a batch, A augmented views of an image, K classes, M context vectors,
-D text width, E joint embedding (the width of both features).
+In shapes N is the number of images, B of those in a batch, A of augmented views of an image, K of
+classes, M of context vectors; D is the width of the text encoder, E that of both features.
 
     model, preprocess = load_clip("mini")
     data = load_dataset("objects")  # or the path of a folder with one folder of images per class
@@ -25,6 +25,7 @@ D text width, E joint embedding (the width of both features).
 
 Inputs are checked only where a mistake would otherwise go unnoticed or be reported obscurely.
 """
+import glob
 import json
 import math
 import os
@@ -65,7 +66,7 @@ CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for vector i of th
 class CoOp(torch.nn.Module):
     """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ."
 
-    model: a CLIP of load_clip, where the device is chosen (`coop.to` would move the context alone).
+    model: a CLIP from load_clip, which chooses the device (`coop.to` moves the context alone).
     classnames: K names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
     instead of a unified one, (M, D). class_position: "end", "middle" (the smaller half of an odd M
     stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
@@ -110,18 +111,19 @@ class CoOp(torch.nn.Module):
         self.ctx = torch.nn.Parameter(ctx.to(model.text_projection.device))
 
         # the prompts (section 3.2): ids of context vectors around the tokens of the name. Where the
-        # id CONTEXT + i stands, encode_rows will put row i of the context, (K * M, D) or (M, D)
+        # id CONTEXT + i stands, encode_rows will put row i of the context (of all classes' contexts
+        # one below the other)
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]
         prompts = []
         for k, name in enumerate(self.classnames):
             first = CONTEXT + (k * M if class_specific else 0)
             v = list(range(first, first + M))
             tokens = token_ids(f"{name}.")
-            # tokens[n:] is the period, or nothing if it merged with the name's last token, as in
-            # "bat (animal).": n counts the bare name, as in the published code
+            # n counts the bare name, as in the published code. tokens[n:] is the period, or nothing
+            # where it merges with the name's last token, as in "bat (animal)."
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
-        self.packed = pack(model, prompts)  # a list of Rows
+        self.packed = pack(model, prompts)  # as tensors, a list of Parts
         self.eval()
 
     def text_features(self, ctx=None):
@@ -155,10 +157,10 @@ class CoOp(torch.nn.Module):
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
         labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). An
-        incomplete last batch is dropped; its images differ by epoch. optimizer: your own, in place
-        of SGD with `lr`; its rates follow the same schedule (its step hooks can set another, or
-        average). progress: whether to show a bar; None: in a terminal only. `history_` holds loss,
-        training accuracy and lr of every epoch. Raises RuntimeError if the training diverges.
+        incomplete last batch is dropped; which images it holds changes with each epoch. optimizer:
+        your own, in place of SGD with `lr`; its rates follow the same schedule. progress: whether
+        to show a bar; None: in a terminal only. `history_` holds loss, training accuracy and lr of
+        every epoch. Raises RuntimeError if the training diverges.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
@@ -170,8 +172,8 @@ class CoOp(torch.nn.Module):
         generator = torch.Generator().manual_seed(self.seed)  # the same order on every device
         self.history_ = {"loss": [], "accuracy": [], "lr": []}
         self.train()  # matters to subclasses with dropout
-        hidden = None if progress is None else not progress  # as tqdm takes it
-        for epoch in tqdm(range(epochs), "learning the context", disable=hidden):
+        hide = None if progress is None else not progress
+        for epoch in tqdm(range(epochs), "learning the context", disable=hide):
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
                 group["lr"] = learning_rate(epoch, epochs, group["initial_lr"])
@@ -306,31 +308,18 @@ def n_epochs(shots):
 # where it lies in its row does not matter. CLIP's own encoder is causal: a token sees itself and
 # what stands before it. With one prompt per row, positions 0, 1, 2 .. and a triangle of visible
 # tokens, this one is the same. tests/reference.py is that plain way in 40 lines.
-# Shapes: R rows of L tokens.
 
-class Rows(NamedTuple):
-    """Prompts as tensors."""
+class Part(NamedTuple):
+    """Prompts as tensors, in R rows of L tokens."""
     tokens: torch.Tensor  # (R, L) ids
     position: torch.Tensor  # (R, L), of each token in its own prompt
     visible: torch.Tensor  # (R, L, L), whether token i of a row sees token j
-    ends: torch.Tensor  # one per prompt, in their order: the place of its EOT in tokens.flatten()
-
-
-def to_rows(rows, device):
-    """Lists of (token id, position, owner), one list per row -> Rows. A token sees those before it
-    that have the same owner, its prompt's number, or the owner -1, which belongs to all."""
-    rows = [torch.tensor(row, device=device) for row in rows]
-    # short rows are padded with zeros at the end, which no token sees, as it looks only back
-    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
-    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L)
-    visible |= owner[:, None, :] == -1
-    ends = (tokens.flatten() == EOT).nonzero()[:, 0]
-    return Rows(tokens, position, visible.tril(), ends)
+    ends: torch.Tensor  # the place of each prompt's EOT in tokens.flatten()
 
 
 def encode_rows(model, ctx, tokens, position, visible, ends):
-    """Features of the prompts in these Rows, one per EOT, not normalised. ctx: (M, D), (K, M, D),
-    or None if the prompts hold no context."""
+    """Features of the prompts of a Part, one per EOT, not normalised. ctx: (M, D), (K, M, D), or
+    None if the prompts hold no context."""
     x = model.token_embedding(tokens.clamp(max=EOT))  # (R, L, D); context ids are set below
     if ctx is not None:
         vectors = ctx.flatten(0, -2).to(x.dtype)  # row i is what CONTEXT + i stands for
@@ -351,14 +340,14 @@ def encode_rows(model, ctx, tokens, position, visible, ends):
 
 
 def encode_prompts(model, packed, ctx=None):
-    """Unit-norm text features (K, E) of a list of Rows. If there are several, the backward pass
+    """Unit-norm text features (K, E) of a list of Parts. If there are several, the backward pass
     computes each of them once more instead of keeping all in memory."""
     features = []
-    for rows in packed:
+    for part in packed:
         if len(packed) == 1:
-            features.append(encode_rows(model, ctx, *rows))
+            features.append(encode_rows(model, ctx, *part))
         else:
-            features.append(checkpoint(encode_rows, model, ctx, *rows, use_reentrant=False,
+            features.append(checkpoint(encode_rows, model, ctx, *part, use_reentrant=False,
                                        preserve_rng_state=False))
     return F.normalize(torch.cat(features), dim=-1)
 
@@ -375,31 +364,43 @@ def encode_prompts(model, packed, ctx=None):
 #
 # A token sees the trunk and what stands before it in its own branch. Many prompts fill several
 # rows, each with a copy of the trunk. Up to rounding this is exact, gradients too. Class-specific
-# prompts share SOS alone, so they gain less.
+# contexts, or names in front, leave SOS alone as the trunk, so they gain less.
 
 def pack(model, prompts, row_tokens=None, part_tokens=3200):
-    """K prompts, lists of token ids -> a list of Rows, the prompts in their order. row_tokens:
-    about how many branch tokens a row holds; part_tokens: about how many tokens one Rows holds."""
+    """K prompts, lists of token ids -> a list of Parts, the prompts in their order. row_tokens:
+    about how many branch tokens a row holds; part_tokens: about how many tokens a Part holds."""
     longest = max(prompts, key=len)
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
         raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
                          f"but CLIP reads {model.context_length}: shorten name or context")
-    # the length of the trunk (commonprefix takes lists, too); a prompt keeps at least its EOT
+    # the length of the trunk (commonprefix takes lists, too); [:-1]: a branch keeps its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
-    # `python tests/benchmark.py --row-tokens` chose, and so are the 3200
+    # `python tests/benchmark.py --row-tokens 40 80 ..` chose; --part-tokens weighs memory and time
     row_tokens = row_tokens or 72 + 8 * P
-    trunk = [(prompts[0][p], p, -1) for p in range(P)]  # (token id, position, owner)
+    trunk = [(prompts[0][p], p, -1) for p in range(P)]  # (id, position, owner)
     rows = []
     for k, prompt in enumerate(prompts):
         branch = [(prompt[p], p, k) for p in range(P, len(prompt))]
         if not rows or len(rows[-1]) + len(branch) > P + row_tokens:
             rows.append(list(trunk))  # a new row
         rows[-1] += branch
-    per_part = max(1, part_tokens // max(map(len, rows)))  # rows in one Rows
+    n = max(1, part_tokens // max(map(len, rows)))  # rows per part
     device = model.text_projection.device
-    return [to_rows(rows[i:i + per_part], device) for i in range(0, len(rows), per_part)]
+    return [as_tensors(rows[i:i + n], device) for i in range(0, len(rows), n)]
+
+
+def as_tensors(rows, device):
+    """Rows, lists of (id, position, owner) -> a Part. A token sees itself and those before it that
+    have the same owner, the number of their prompt, or the owner -1, the trunk."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    # short rows are padded with zeros at the end; no real token sees them, as it looks only back
+    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
+    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L)
+    visible |= owner[:, None, :] == -1
+    ends = (tokens.flatten() == EOT).nonzero()[:, 0]
+    return Part(tokens, position, visible.tril(), ends)
 
 
 # ---------------------------------------- names and checks
@@ -464,8 +465,9 @@ def zero_shot_weights(model, classnames, templates):
 def linear_probe(train, train_labels, val, val_labels):
     """The paper's baseline: scikit-learn's logistic regression on image features (N, E).
 
-    C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then 8 steps that each keep
-    the half of the range (in log space) beside its better end. Returns scikit-learn's object.
+    C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then, from a tenth to ten
+    times the best, 8 steps that each keep the half of the range (in log space) beside its better
+    end. Returns scikit-learn's object.
     """
     given = (train, train_labels, val, val_labels)
     x, y, x_val, y_val = [np.asarray(v.cpu() if torch.is_tensor(v) else v) for v in given]
@@ -513,7 +515,7 @@ def load_clip(name="mini", device=None):
         model = load_openai(name)
     else:
         path = DATA / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
-        if name != "mini" and not path.is_file():
+        if not path.is_file():
             raise ValueError(f"no CLIP called {name!r}: neither 'mini', nor one of "
                              f"{', '.join(clip.available_models())}, nor a file")
         state = read_tensors(path)
@@ -564,16 +566,16 @@ SOURCES = (str, Path, zipfile.Path, Image.Image)  # what an image can be given a
 
 def open_image(source):
     """A path, also into an archive (zipfile.Path), or a PIL image -> an RGB image, upright by its
-    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images, and where
-    white leaves nothing to see; OSError for what is no image."""
-    image = source
+    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images, for those
+    without pixels, and where white leaves nothing to see; OSError for what is no image."""
     if not isinstance(source, Image.Image):
-        file = (Path(source) if isinstance(source, str) else source).open("rb")
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:  # a page of HTML? a pointer of Git LFS?
-            file.seek(0)
-            raise OSError(f"no image: it begins with {file.read(24)}") from None
+        with (Path(source) if isinstance(source, str) else source).open("rb") as file:
+            try:
+                return open_image(Image.open(file, formats=FORMATS))
+            except UnidentifiedImageError:  # a page of HTML? a pointer of Git LFS?
+                file.seek(0)
+                raise OSError(f"no image: it begins with {file.read(24)}") from None
+    image = source
     if 0 in image.size:
         raise ValueError(f"no pixels: {image.size[0]} x {image.size[1]}")
     if image.mode[0] in "IF":  # their range is anybody's guess, and PIL would cut them off at 255
@@ -582,15 +584,14 @@ def open_image(source):
         image = ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF can raise anything: the photo is taken as it lies
         pass
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    ground = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(ground, image).convert("RGB")
-    if image.getextrema() == ((255, 255),) * 3:
-        raise ValueError("white on a transparent ground, so nothing is left to see on white: give "
-                         "it a background")
-    return image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        opaque = image.getextrema()[3] == (255, 255)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if not opaque and image.convert("RGB").getextrema() == ((255, 255),) * 3:
+            raise ValueError("transparent, and on white nothing is left to see: give it a "
+                             "background")
+    return image.convert("RGB")
 
 
 @torch.no_grad()
@@ -600,15 +601,16 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform. views=A
     for A > 1 gives (N, A, E), of random crops and flips (the paper's augmentation) that `seed`
     draws in the order of the list; `fit` picks among them. batch_size: views at a time. progress:
-    as in `fit`. Raises ValueError for anything else and, with a list, for unreadable images.
+    as in `fit`. Raises ValueError for anything else, and for unreadable images, naming up to ten.
     """
     check_clip(model)
-    images = [[images]] if isinstance(images, SOURCES) else list(images)  # one alone is refused
+    alone = isinstance(images, SOURCES)
+    images = [] if alone else list(images)
     wrong = [type(image).__name__ for image in images if not isinstance(image, SOURCES)]
-    if wrong or not images or views < 1:
-        found = f"a list with a {wrong[0]}" if wrong else f"{len(images)} images, {views} views"
-        raise ValueError("images are a list of paths or PIL images, one or more (of a Split: "
-                         f"split.images), views from 1; not {found}")
+    if not images or wrong or views < 1:
+        found = "one alone" if alone else wrong[0] if wrong else f"{len(images)}, {views} views"
+        raise ValueError("images are a list of paths or PIL images (of a Split: split.images) with "
+                         f"one view or more, not {found}")
     n_px = model.visual.input_resolution
     if views > 1:
         crop = transforms.RandomResizedCrop(n_px, (0.08, 1), interpolation=Image.BICUBIC)
@@ -629,8 +631,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     # images, as the same one may stand in the list twice
     one_by_one = views > 1 or any(isinstance(image, Image.Image) for image in images)
     size = max(1, batch_size // views)
-    hidden = None if progress is None else not progress  # as tqdm takes it
-    starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=hidden)
+    hide = None if progress is None else not progress
+    starts = tqdm(range(0, len(images), size), "encoding images", leave=False, disable=hide)
     features = []
     with ThreadPoolExecutor(1 if one_by_one else None) as pool, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a card, too
@@ -680,25 +682,22 @@ def load_dataset(name, template=None):
     class is dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in
     place of the data set's own. Raises ValueError for an unknown name and for any other form.
     """
+    built_in = {file.parent.name: file.parent for file in DATA.glob("*/dataset.json")}
     places = [Path(name).expanduser()]
-    if str(name) == places[0].name:  # a name; a Path or "./objects" of yours is a path
-        own = [DATA / name] if (DATA / name / "dataset.json").is_file() else []
-        places = [*own, ROOT / name, *places]
+    if name == places[0].name:  # a name; a Path or "./objects" of yours is a path
+        places = [built_in.get(name, ROOT / name), ROOT / name, *places]
     found = list(dict.fromkeys(place.resolve() for place in places if place.is_dir()))
     if not found:
-        known = sorted(file.parent.name for file in DATA.glob("*/dataset.json"))
         raise ValueError(f"no data set {str(name)!r}: neither a folder, here or in {ROOT}, nor one "
-                         f"of {', '.join(known)}")
+                         f"of {', '.join(sorted(built_in))}")
     folder = found[0]
     for other in found[1:]:
-        warnings.warn(f"{name}: read from {folder}; for {other} write its path, such as './{name}'",
-                      stacklevel=2)
+        warnings.warn(f"{name}: read from {folder}; for {other} give that path", stacklevel=2)
     data = read_json(folder) if (folder / "dataset.json").is_file() else read_folders(folder)
-    for part, split in (("training", data.train), ("test", data.test)):
-        if absent := set(range(len(data.classnames))) - set(split.labels):
-            names = [data.classnames[k] for k in sorted(absent)[:5]]
-            warnings.warn(f"{name}: no {part} images of {len(absent)} classes, such as {names}",
-                          stacklevel=2)
+    if absent := set(range(len(data.classnames))) - set(data.test.labels):
+        names = [data.classnames[k] for k in sorted(absent)[:5]]
+        warnings.warn(f"{name}: no test images of {len(absent)} classes, such as {names}",
+                      stacklevel=2)
     return data if template is None else data._replace(template=template)
 
 
@@ -732,26 +731,15 @@ def read_json(folder):
     return Dataset(folder.name, names, spec["template"], *splits, domains)
 
 
-def files_below(root, path=Path(), above=()):
-    """All files and folders below a root, as paths from there, but hidden ones. Links are followed,
-    but not back to a folder that they lie in."""
-    real = (root / path).resolve()
-    if real in above:
-        return
-    for name in sorted(os.listdir(real)):
-        if not name.startswith("."):
-            yield path / name
-            if (real / name).is_dir():
-                yield from files_below(root, path / name, (*above, real))
-
-
 def read_folders(root):
     """<root>/<class>/*.jpg, or the same below train/, val/ and test/ -> Dataset."""
-    found = list(files_below(root))
-    images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    images = sorted(path for path in images if not (root / path).is_dir())
+    found = []  # glob leaves hidden files out and follows links; "**" would follow them in circles
+    for depth in range(1, 6):
+        found += map(Path, glob.glob("/".join("*" * depth), root_dir=root))
+    images = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    images = [path for path in images if not (root / path).is_dir()]
     used = set(images).union(*[path.parents for path in images])
-    if others := [str(path) for path in found if path not in used]:
+    if others := sorted(str(path) for path in found if path not in used):
         warnings.warn(f"{root}: not read, as they are none of {', '.join(FORMATS)}: "
                       f"{', '.join(others)[:200]}", stacklevel=3)
     in_splits = any(path.parts[0] in SPLITS and len(path.parts) == 3 for path in images)

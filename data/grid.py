@@ -7,7 +7,6 @@ run whose line is there is not repeated, so the same command resumes, and severa
 import argparse
 import hashlib
 import json
-import os
 import sys
 import textwrap
 import warnings
@@ -26,7 +25,6 @@ import report
 TEMPLATES = ("{}", "an icon of a {}.", "a photo of a {}.", "a photo of {}, a type of food.",
              "{} texture.", "a centered satellite photo of {}.")  # beside a data set's own
 UNTRAINED = (1, 2, 3, 4, 5)  # seeds of the contexts that are scored as they start
-NOTE = "  (the paper trains on random crops; here --views 1: on the images as they are)"
 
 
 def arguments(argv):
@@ -86,7 +84,7 @@ def wanted_runs(model, data, args):
     runs = []
     for template in dict.fromkeys([data.template, *TEMPLATES]):
         runs.append({**every, "method": "zero-shot", "template": template})
-    for seed in UNTRAINED:
+    for seed in UNTRAINED[:1] if args.ctx_init else UNTRAINED:  # words are the same for all
         runs.append({**every, "method": "untrained", **context, "seed": seed})
     probe, unified, specific = report.METHODS
     forms = {"yes": [specific], "no": [unified], "both": [unified, specific]}[args.class_specific]
@@ -128,33 +126,26 @@ def accuracies(tests, scores):
 
 def same_picture(x, others):
     """For each feature of x (N, E), whether one of the others is the same up to rounding."""
+    if not len(others):
+        return torch.zeros(len(x), dtype=torch.bool)
     others = F.normalize(others, dim=-1).T
     parts = [(F.normalize(part, dim=-1) @ others).amax(1) for part in x.split(1000)]
-    return torch.cat(parts) > 1 - 1e-6
-
-
-def in_two_classes(x, y):
-    """The number of images whose picture stands in another class, too."""
-    y = torch.tensor(y, device=x.device)
-    return sum(same_picture(x[y == k], x[y != k]).sum().item() for k in y.unique())
+    return torch.cat(parts).cpu() > 1 - 1e-6
 
 
 def append(file, line):
-    """Adds a line in one write, so that jobs side by side on one machine do not mix theirs."""
-    text = json.dumps(line) + "\n"
-    with open(file, "ab+", buffering=0) as out:
-        if out.tell():  # after a line that was cut off a new one begins
-            out.seek(-1, os.SEEK_END)
-            text = text if out.read() == b"\n" else "\n" + text
-        out.write(text.encode())
+    """Adds a line in one write, so that jobs side by side do not mix theirs; the line break comes
+    first, so that it also ends a line that was cut off."""
+    with open(file, "a", encoding="utf-8") as out:
+        out.write("\n" + json.dumps(line))
 
 
 def run_dataset(model, preprocess, data, folder, args):
     """Runs what has no line yet; returns the lines that the command asks for."""
     file = folder / "results.jsonl"
     runs = wanted_runs(model, data, args)
-    done = set(map(report.known_by, report.read_lines(file)))
-    todo = [run for run in runs if report.known_by(run) not in done]
+    done = set(map(report.run_key, report.read_lines(file)))
+    todo = [run for run in runs if report.run_key(run) not in done]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {file}")
     encode = partial(mini_coop.encode_images, model, preprocess)
@@ -167,8 +158,9 @@ def run_dataset(model, preprocess, data, folder, args):
     def encode_sample(shots, seed):
         few = mini_coop.few_shot(data, shots, seed)
         x = encode(few.train.images)
-        for image, same in zip(few.train.images, same_picture(x, tests["test"][0]).tolist()):
-            twice.update([image] * same)
+        for image, same in zip(few.train.images, same_picture(x, tests["test"][0])):
+            if same:
+                twice.add(image)
         views = encode(few.train.images, args.views, seed=seed) if args.views > 1 else x
         x_val = encode(few.val.images) if few.val.images else None
         return (views, few.train.labels), (x, few.train.labels, x_val, few.val.labels)
@@ -192,17 +184,18 @@ def run_dataset(model, preprocess, data, folder, args):
             coop.fit(*train, epochs, progress=False)
             name = f"{method} {run['shots']} shots seed {run['seed']} {short_hash(run)}.pt"
             line["file"] = name.replace(" ", "_")
-            part = folder / f"{os.getpid()}.part"  # a context is there as a whole or not at all
-            coop.save(part)
-            part.replace(folder / line["file"])
+            coop.save(folder / line["file"])
         append(file, {**line, "accuracy": accuracies(tests, scores)})
     if twice:
-        warnings.warn(f"{len(twice)} training images are in the test split, too: the accuracies "
-                      "are too high")
-    if todo and (several := in_two_classes(*tests["test"])):
-        warnings.warn(f"{several} test images stand in two classes or more")
-    by_run = {report.known_by(line): line for line in report.read_lines(file)}
-    return [by_run[report.known_by(run)] for run in runs]
+        warnings.warn(f"{len(twice)} training images are in the test split, too: accuracies are "
+                      "too high")
+    if todo:
+        x, y = tests["test"][0], torch.tensor(tests["test"][1])
+        several = sum(same_picture(x[y == k], x[y != k]).sum().item() for k in y.unique())
+        if several:
+            warnings.warn(f"{several} test images stand in two classes or more")
+    by_run = {report.run_key(line): line for line in report.read_lines(file)}
+    return [by_run[report.run_key(run)] for run in runs]
 
 
 def introduce(model, data, args):
@@ -214,12 +207,19 @@ def introduce(model, data, args):
         pieces = [mini_coop.tokenizer.decode([i]).strip() for i in mini_coop.token_ids(name)]
         print(f'  "{data.template.replace("{}", name.replace("_", " "))}"')
         print("    CLIP's pieces of the name: " + textwrap.shorten(" | ".join(pieces), 50))
-    if args.model == "mini" and not isinstance(data.test.images[0], zipfile.Path):
+    if args.model == "mini" and not isinstance(data.test.images[0], zipfile.Path):  # not our data
         print("the built-in CLIP knows icons only: for photographs add --model RN50")
     if not data.val.images:
         print("no validation images: no linear probe, which chooses its C on them")
+    # wrong options are refused here, before any image is encoded
     new_coop(model, data, args)
     mini_coop.zero_shot_weights(model, data.classnames, data.template)
+
+
+def note(args):
+    """What the paper does otherwise."""
+    here = f"{args.views} crops of each" if args.views > 1 else "the images as they are"
+    return f"  (the paper trains on a new random crop in every epoch; --views {args.views}: {here})"
 
 
 def show_dataset(data, lines, folder, args):
@@ -232,11 +232,10 @@ def show_dataset(data, lines, folder, args):
     results = report.Results(lines, data.template, 100 / len(data.classnames))
     setting = {key: getattr(args, key) for key in report.RECIPE if key != "views"}
     theirs = report.papers(args.model, **setting).get(data.name)
-    if theirs and theirs[1:] != results[1:]:
-        theirs = None  # other templates or classes: not the paper's data set
-    note = "" if args.views > 1 else NOTE
+    if theirs and (theirs.template, theirs.chance) != (results.template, results.chance):
+        theirs = None  # not the paper's data set
     report.over_shots({data.name: results}).savefig(folder / "figure.png", dpi=120)
-    print("\n" + report.tables(data.name, results, theirs, note))
+    print("\n" + report.tables(data.name, results, theirs, note(args)))
     print(f"\nSaved in {folder}: results.jsonl, figure.png, contexts")
     return results, theirs
 
@@ -269,7 +268,7 @@ def run_job(args):
         file = args.out / f"{label}_{'+'.join(names)[:99]}.png"
         report.over_shots(panels).savefig(file, dpi=120)
         theirs = report.average(papers) if all(papers) else None
-        print("\n" + report.tables(title, panels[title], theirs))
+        print("\n" + report.tables(title, panels[title], theirs, note(args)))
         print(f"\nThe figure of all: {file}")
 
 

@@ -1,7 +1,8 @@
 """Reads results, one JSON line per run, and shows them: averages, tables, the figure over shots.
 
 A line has the model, the data set, the method, what that method depends on (a template; or n_ctx,
-class_position, ctx_init, epochs and views), shots, seed, and accuracy: {"test": %, a domain: %}.
+class_position, ctx_init, epochs and views), shots, seed, the state of weights, images and torch,
+the device, and accuracy: {"test": %, a domain: %}; that of a context names its file.
 """
 import json
 import re
@@ -17,8 +18,8 @@ LOOKS = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
          "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line
 METHODS = tuple(LOOKS)  # those that learn from shots
 RECIPE = {"n_ctx": 16, "class_position": "end", "ctx_init": None, "epochs": None, "views": 1}
-RESULT = ("accuracy", "file")  # what a run gives; all else in its line is what it is known by
-MACHINE = ("weights", "images", "device", "torch")
+RESULT = ("accuracy", "file")  # what a run gives; by all else in its line it is known
+STATE = ("weights", "images", "device", "torch")
 OWN = "their own templates"  # of several data sets
 
 
@@ -39,7 +40,7 @@ class Results(NamedTuple):
         return self.accuracies("zero-shot", split=split)[0]
 
     def shots(self):
-        return sorted({line["shots"] for line in self.lines if "shots" in line})
+        return sorted({line["shots"] for line in self.lines if line.get("shots")})
 
     def methods(self):
         there = {line["method"] for line in self.lines}
@@ -49,36 +50,34 @@ class Results(NamedTuple):
 def read_lines(file):
     """The lines of a results.jsonl, as dicts; none if there is no such file."""
     lines = []
-    texts = Path(file).read_text(encoding="utf-8").splitlines() if Path(file).is_file() else []
-    for i, text in enumerate(texts, 1):
+    text = Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
+    for i, text in enumerate(text.splitlines(), 1):
+        if not text:
+            continue
         try:
             line = json.loads(text)
             line["method"], line["accuracy"]["test"]
             lines.append(line)
         except (KeyError, TypeError, ValueError):  # a job was killed while it wrote
-            warnings.warn(f"{file}: line {i} is cut off and skipped, its run will be repeated")
+            warnings.warn(f"{file}: line {i} is cut off and skipped; the job will repeat its run")
     return lines
 
 
-def known_by(line, without=RESULT):
-    """A run's line without these keys, as text."""
+def run_key(line, without=RESULT):
+    """What a run is known by, as text."""
     return json.dumps({k: v for k, v in line.items() if k not in without}, sort_keys=True)
 
 
-def select(lines, **wanted):
-    """The lines with these values; a line that lacks a key does not depend on it, so it is one of
-    them. Of runs that differ in machine or state of the data alone, the last one counts."""
+def select(lines, **setting):
+    """The lines of the paper's recipe, or of another setting; a line that lacks a key is taken, as
+    it does not depend on it. Of runs that differ in their state alone the last one counts."""
+    recipe = {key: RECIPE[key] for key in RECIPE if key != "n_ctx" or not setting.get("ctx_init")}
+    wanted = {**recipe, **setting}
     last = {}
     for line in lines:
         if all(line.get(key, value) == value for key, value in wanted.items()):
-            last[known_by(line, RESULT + MACHINE)] = line
+            last[run_key(line, RESULT + STATE)] = line
     return sorted(last.values(), key=lambda line: (line.get("shots", 0), line.get("seed") or 0))
-
-
-def select_runs(lines, **setting):
-    """`select` with the paper's recipe but for this setting; words set n_ctx."""
-    recipe = {key: RECIPE[key] for key in RECIPE if key != "n_ctx" or not setting.get("ctx_init")}
-    return select(lines, **{**recipe, **setting})
 
 
 def average(results):
@@ -87,22 +86,25 @@ def average(results):
     for each in results:
         for line in each.lines:
             if line.get("template", each.template) == each.template:
-                run = known_by({k: line[k] for k in ("method", "shots", "seed") if k in line})
+                run = (line["method"], line.get("shots"), line.get("seed"))
                 values.setdefault(run, []).append(line["accuracy"]["test"])
-    lines = [{**json.loads(run), "accuracy": {"test": mean(several)}}
-             for run, several in values.items() if len(several) == len(results)]
+    lines = []
+    for (method, shots, seed), several in values.items():
+        if len(several) == len(results):
+            lines.append({"method": method, "shots": shots, "seed": seed,
+                          "accuracy": {"test": mean(several)}})
     return Results(lines, OWN, mean(each.chance for each in results))
 
 
 def papers(model="RN50", **setting):
     """The paper's numbers {data set: Results}; of a setting that it has not tried, those of the
     methods that do not depend on it. Where they come from: data/README.md."""
+    lines = select(read_lines(DATA / "published.jsonl"), model=model, **setting)
     found = {}
-    lines = select_runs(read_lines(DATA / "published.jsonl"), model=model, **setting)
     for own in lines:
         if own["method"] == "zero-shot":
-            of_set = [line for line in lines if line["data"] == own["data"]]
-            found[own["data"]] = Results(of_set, own["template"], 100 / own["classes"])
+            same = [line for line in lines if line["data"] == own["data"]]
+            found[own["data"]] = Results(same, own["template"], 100 / own["classes"])
     return found
 
 
@@ -125,36 +127,43 @@ def format_row(name, cells, first=23, width=11):
     return f"  {name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
+def rows_beside(name, results, theirs, cells, widths=(23, 11)):
+    """A row of a table, and one of the paper's where it has any. cells: (method, shots, split)."""
+    rows = []
+    for title, each in ((name, results), ("  the paper", theirs)):
+        texts = [format_mean(each.accuracies(*cell)) for cell in cells] if each else []
+        if any(texts):
+            rows.append(format_row(title, texts, *widths))
+    return rows
+
+
 def tables(name, results, theirs=None, note=""):
     """The tables of a data set as text, within 80 columns up to five numbers of shots. theirs: the
     paper's Results; note: what differs there."""
     lines = [f"{name}: zero-shot, accuracy in %"]
-    rows = {line.get("template", OWN): [line["accuracy"]["test"]]
-            for line in results.lines if line["method"] == "zero-shot"}
-    rows["untrained unified context"] = [mean(results.accuracies("untrained"))]
+    for line in results.lines:
+        if line["method"] == "zero-shot":
+            accuracy = f"{line['accuracy']['test']:.1f}"
+            lines.append(format_row(line.get("template", OWN), [accuracy], 42, 7))
+    untrained = mean(results.accuracies("untrained"))
+    lines.append(format_row("untrained unified context", [f"{untrained:.1f}"], 42, 7))
     if theirs:
-        rows["  the paper, its template"] = [theirs.zero_shot()]
-    lines += [format_row(row, map(format_mean, [values]), 42, 7) for row, values in rows.items()]
+        lines.append(format_row("the paper, its template", [f"{theirs.zero_shot():.1f}"], 42, 7))
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds"]
-    lines += [note] if theirs and note else []
+    lines += [note] if theirs else []
     shots = results.shots()
-    lines.append(format_row("shots", map(str, shots)))
+    lines.append(format_row("shots", shots))
     for method in results.methods():
-        for row, of in ((method, results), ("  the paper", theirs)):
-            values = [of.accuracies(method, n) for n in shots] if of else []
-            lines += [format_row(row, map(format_mean, values))] if any(values) else []
+        lines += rows_beside(method, results, theirs, [(method, n, "test") for n in shots])
     splits = list(results.lines[0]["accuracy"])
-    if len(splits) == 1:
-        return "\n".join(lines)
-    # the domains, at the largest number of shots
-    n = shots[-1]
-    columns = {"template": ("zero-shot", None)}
-    columns |= {method.split()[-1]: (method, n) for method in results.methods()}
-    lines += ["", format_row(f"domains, {n} shot{'s' * (n != 1)}", columns, 18, 15)]
-    for split in splits:
-        for row, of in ((split, results), ("  the paper", theirs)):
-            values = [of.accuracies(*by, split) for by in columns.values()] if of else []
-            lines += [format_row(row, map(format_mean, values), 18, 15)] if any(values) else []
+    if len(splits) > 1:  # domains, at the largest number of shots
+        n = shots[-1]
+        columns = {"template": ("zero-shot", None)}
+        columns |= {method.split()[-1]: (method, n) for method in results.methods()}
+        lines += ["", format_row(f"domains, {n} shot{'s' * (n != 1)}", columns, 18, 15)]
+        for split in splits:
+            cells = [(*column, split) for column in columns.values()]
+            lines += rows_beside(split, results, theirs, cells, (18, 15))
     return "\n".join(lines)
 
 
@@ -193,9 +202,8 @@ def draw_panel(ax, results, methods):
         ax.errorbar(list(over), list(map(mean, over.values())), list(map(pstdev, over.values())),
                     fmt=style, color=color, ms=5, capsize=2, label=method)
     low, high = ax.get_ylim()
-    more = max(0, 30 - (high - low)) / 2  # 30 points or more: noise must not look like a trend
-    low = max(-1, min(low - more, 70))
-    high = min(101, max(high + more, low + 30))  # a mark at 100 can be seen
+    low = max(-1, min(low, (low + high) / 2 - 15, 71))  # 30 points or more: noise must not look
+    high = min(101, max(high, low + 30))  # like a trend; a mark at 0 or 100 is seen
     ax.set_ylim(low, high)
     if low < results.chance < high:
         ax.axhline(results.chance, color="gray", lw=0.8, ls=":", label="chance")

@@ -54,7 +54,7 @@ def kept(task, **setting):
     runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs")).expanduser()
     own = runs / f"{report.folder_name(model)}_{data.name}/results.jsonl"
     lines = report.read_lines(DATA / "results.jsonl" if built_in else own)
-    lines = report.select_runs(lines, data=data.name, model=model, **setting)
+    lines = report.select(lines, data=data.name, model=model, **setting)
     return report.Results(lines, data.template, 100 / len(data.classnames)) if lines else None
 
 

@@ -27,7 +27,7 @@ FOUR = ["cat", "dog", "ox", "bird"]
 @pytest.mark.parametrize("class_specific, class_position, ctx_init, row_tokens, part_tokens", [
     (False, "end", None, 500, 9999),  # one row
     (False, "end", "a photo of a", 16, 9999),  # several rows
-    (False, "end", None, 8, 20),  # several Rows, which are computed again in the backward pass
+    (False, "end", None, 8, 20),  # several Parts, which are computed again in the backward pass
     (False, "middle", None, 16, 9999),
     (False, "middle", "a big photo of a", 8, 20),  # an odd number of vectors
     (False, "front", None, 500, 9999),
@@ -45,7 +45,7 @@ def test_equal_to_the_77_token_way(tiny, class_specific, class_position, ctx_ini
     monkeypatch.setattr(mini_coop, "pack",
                         lambda model, prompts: pack(model, prompts, row_tokens, part_tokens))
     coop = CoOp(tiny[0], NAMES, 5, class_specific, class_position, ctx_init, seed=3)
-    n_rows = sum(len(rows.tokens) for rows in coop.packed)
+    n_rows = sum(len(part.tokens) for part in coop.packed)
     assert (n_rows > 1) == (row_tokens < 500) and (len(coop.packed) > 1) == (part_tokens == 20)
     target = torch.randn(len(NAMES), 32, generator=torch.Generator().manual_seed(0))
     ours = coop.text_features()
@@ -60,7 +60,7 @@ def test_one_prompt_per_row_is_clips_own_encoder(tiny):
     """Plain rows: positions 0, 1, 2 .. and a triangle of visible tokens."""
     def plain(prompts):
         rows = [[(token, p, k) for p, token in enumerate(ids)] for k, ids in enumerate(prompts)]
-        return mini_coop.to_rows(rows, "cpu")
+        return mini_coop.as_tensors(rows, "cpu")
 
     ids = [[mini_coop.SOS, *mini_coop.token_ids(name), mini_coop.EOT] for name in NAMES]
     rows = plain(ids)

@@ -93,7 +93,7 @@ def test_classes_without_validation_images_are_named():
 def test_a_folder_of_class_folders_is_dealt_as_published(tmp_path):
     for n in range(1, 12):
         tree(tmp_path, f"class_{n:02}", n=n, suffix="JPG")
-    with pytest.warns(UserWarning, match="no (training|test) images"):
+    with pytest.warns(UserWarning, match="no test images"):
         data = load_dataset(tmp_path)
     assert data.classnames[0] == "class_01" and data.template == "a photo of a {}."
     for label in range(11):
@@ -118,7 +118,7 @@ def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
     assert load_dataset(odd).classnames == ["Löwe", "a [b]", "link", "猫"]
     monkeypatch.chdir(tree(tmp_path, "actions/cat", "actions/dog"))
     assert load_dataset("./actions").classnames == ["cat", "dog"]  # a path is no name
-    with pytest.warns(UserWarning, match="for .*/actions write its path, such as './actions'"):
+    with pytest.warns(UserWarning, match="read from .*data/actions; for .*/actions give that path"):
         assert len(load_dataset("actions").classnames) == 11
 
 
@@ -153,10 +153,6 @@ def test_links_that_lead_back(tmp_path):
     (tmp_path / "dog/cats").symlink_to(tmp_path / "cat")
     with pytest.raises(ValueError, match="but found cat/"):
         load_dataset(tmp_path)
-    (tmp_path / "dog/cats").unlink()
-    (tmp_path / "cat/dogs").unlink()
-    with pytest.warns(UserWarning, match="not read, .*: cat/again$"):
-        assert load_dataset(tmp_path).classnames == ["cat", "dog", "fox"]
 
 
 def test_what_is_missing_in_a_folder_is_said(tmp_path):
@@ -164,8 +160,8 @@ def test_what_is_missing_in_a_folder_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"no test images of 2 classes.*'cat', 'dog'"):
         load_dataset(tmp_path)
     tree(tmp_path, "test/cat", "test/dog", "test/fox")
-    with pytest.warns(UserWarning, match=r"no training images of 1 classes.*'fox'"):
-        load_dataset(tmp_path)
+    with pytest.warns(UserWarning, match=r"training images of .*fox \(0\)"):
+        few_shot(load_dataset(tmp_path), 1, 1)
     tree(tmp_path, "train/fox")
     (tmp_path / "train/dog/photo.heic").write_bytes(b"another format")
     (tmp_path / "train/owl").mkdir()
@@ -184,7 +180,7 @@ SPEC = {"classnames": ["x", "y"], "template": "{}", "images": "img",
         "domains": {"night": [["a.png", 0], ["b.png", 1]]}}
 
 
-@pytest.mark.filterwarnings("ignore:.*no (training|test) images")
+@pytest.mark.filterwarnings("ignore:.*no test images")
 @pytest.mark.parametrize("images", ["img", "img.ZIP"])
 def test_dataset_json_with_files_and_with_an_archive(tmp_path, images):
     picture(tmp_path / "img/a.png")
@@ -214,7 +210,7 @@ def test_a_dataset_json_of_another_form(tmp_path, change):
         load_dataset(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:.*no (training|test) images")
+@pytest.mark.filterwarnings("ignore:.*no test images")
 def test_a_dataset_json_from_windows(tmp_path):
     picture(tmp_path / "img/more/a.png")
     spec = {**SPEC, "splits": {"train": [["more\\a.png", 0]]}}
@@ -233,7 +229,7 @@ def test_unknown_data_sets_and_a_labs_own(tmp_path, monkeypatch):
     assert len(load_dataset("styles").classnames) == 8  # our own are still found
     tree(tmp_path, "pets/cat", "pets/dog", "styles/a", "styles/b")
     assert load_dataset("pets").classnames == ["cat", "dog"]  # class folders by name
-    with pytest.warns(UserWarning, match=f"styles: read from .*; for {tmp_path}/styles write"):
+    with pytest.warns(UserWarning, match=f"styles: read from .*; for {tmp_path}/styles give that"):
         assert len(load_dataset("styles").classnames) == 8
 
 
@@ -277,7 +273,7 @@ def test_white_on_transparent_ground_is_refused(tmp_path, alpha):
     image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     image.paste((255, 255, 255, alpha), (2, 2, 6, 6))
     image.save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="nothing is left to see on white: give it a background"):
+    with pytest.raises(ValueError, match="on white nothing is left to see: give it a background"):
         open_image(tmp_path / "a.png")
     assert open_image(Image.new("RGB", (8, 8), "white")).getpixel((0, 0)) == (255, 255, 255)
 
@@ -356,10 +352,11 @@ def test_all_images_that_cannot_be_read_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("images, found", [
-    ("a.png", "a list with a list"), (Path("a.png"), "list"), (Image.new("RGB", (9, 9)), "list"),
+    ("a.png", "one alone"), (Path("a.png"), "one alone"),
+    (Image.new("RGB", (9, 9)), "one alone"),
     (np.zeros((9, 9, 3), np.uint8), "ndarray"), (torch.zeros(3, 3, 9, 9), "Tensor"),
     ([(Image.new("RGB", (9, 9)), 1)], "tuple"), (Split(["a.png"], [0]), "list"),
-    ([b"GIF"], "bytes"), ([], "0 images, 1 views")])
+    ([b"GIF"], "bytes"), ([], "0, 1 views")])
 def test_other_kinds_of_images_are_one_sentence(tiny, images, found):
     with pytest.raises(ValueError, match=f"images are a list of paths or PIL .*{found}") as error:
         encode_images(*tiny, images)

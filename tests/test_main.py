@@ -259,7 +259,7 @@ def test_jobs_side_by_side_and_a_killed_one(tmp_path):
     with pytest.warns(UserWarning, match="is cut off and skipped"):
         lines = run(tmp_path, "--shots", 1, 2, "--seeds", 1, 2, 3)
     assert len(trained(lines)) == 12 and not list(tmp_path.rglob("*.part"))
-    kept = [json.loads(text) for text in whole.splitlines()[:-1]]
+    kept = [json.loads(text) for text in whole.splitlines() if text][:-1]
     assert lines[:len(kept)] == kept
 
 
@@ -340,7 +340,7 @@ def test_select_takes_what_does_not_depend_and_the_last_of_equals():
     later = {**line, "torch": "2.14", "accuracy": {"test": 2}}
     probe = {"data": "x", "method": "linear probe", "seed": 1, "shots": 1, "accuracy": {"test": 3}}
     lines = [line, probe, {**line, "n_ctx": 4}, {**line, "data": "y"}, later]
-    found = report.select(lines, data="x", n_ctx=16)
+    found = report.select(lines, data="x")
     assert found == [later, probe]
 
 
@@ -371,12 +371,12 @@ def test_the_papers_numbers_stand_beside_the_same_setting_only():
         assert "55.9" in text and "63.0" not in text, other  # the probe does not depend on it
     assert report.papers("mini") == {}
     one_shot = report.tables("imagenet", *results_like(16, None, (1,)))
-    assert "57.1" in one_shot and "22.1" not in one_shot and "12.7" not in one_shot
+    assert "57.1" in one_shot and "63.0" not in one_shot and "12.7" not in one_shot
 
 
 def test_the_papers_averages():
     """The averages that the published spreadsheet gives, for two class positions."""
-    for position, last in (("end", 73.42), ("middle", 73.33)):
+    for position, last in (("end", 73.42), ("middle", 73.35)):
         average = report.average(list(report.papers(class_position=position).values()))
         assert average.accuracies("linear probe", 16) == [pytest.approx(71.10, abs=0.01)]
         assert average.accuracies("CoOp unified", 16) == [pytest.approx(last, abs=0.01)]

@@ -52,7 +52,7 @@ def collect(runs):
 def kept(task, **setting):
     """The Results of a task, in the paper's setting or another one."""
     data = load_dataset(task)
-    lines = report.select_runs(report.read_lines(DATA / "results.jsonl"), data=task, **setting)
+    lines = report.select(report.read_lines(DATA / "results.jsonl"), data=task, **setting)
     return report.Results(lines, data.template, 100 / len(data.classnames))
 
 
