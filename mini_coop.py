@@ -218,23 +218,6 @@ class CoOp(torch.nn.Module):
         predicted = self.predict(image_features)
         return (predicted == self._labels(labels, len(predicted))).float().mean().item()
 
-    @torch.no_grad()
-    def nearest_words(self, k=3):
-        """The k nearest rows of CLIP's token embedding (the paper's table 4; Euclidean).
-
-        Returns for each of the M vectors a list of k pairs (word, distance); class-specific: K such
-        lists. They say little: random vectors have nearest words, too.
-        """
-        embedding = self.clip_model.token_embedding.weight  # (vocabulary, D)
-        distances = torch.cdist(self.ctx.flatten(0, -2), embedding)  # (M or K * M, vocabulary)
-        nearest = []
-        for values, ids in zip(*distances.topk(k, largest=False)):
-            words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
-            nearest.append(list(zip(words, values.tolist())))
-        M = self.n_ctx
-        by_class = [nearest[i:i + M] for i in range(0, len(nearest), M)]
-        return by_class if self.class_specific else nearest
-
     def save(self, path):
         """Writes what was learned, without CLIP."""
         torch.save({"state": self.state_dict(), "classnames": self.classnames, "seed": self.seed,
@@ -265,12 +248,10 @@ class CoOp(torch.nn.Module):
         E = self.clip_model.text_projection.shape[1]
         try:
             x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
-            right = x.ndim in dims and x.shape[-1] == E and x.numel() and x.isfinite().all()
-        except (RuntimeError, TypeError, ValueError):  # of images, or of a list of vectors
-            right = False
-        if not right:
-            shape = getattr(image_features, "shape", None)
-            found = type(image_features).__name__ if shape is None else tuple(shape)
+        except (RuntimeError, TypeError, ValueError):
+            x = torch.empty(0)  # images, or a list of vectors
+        if x.ndim not in dims or x.shape[-1] != E or not x.numel() or not x.isfinite().all():
+            found = f"{type(image_features).__name__} {tuple(x.shape)}"
             raise ValueError(f"image features of this CLIP are one tensor or array (N, {E}), for "
                              f"`fit` also (N, A, {E}), not empty and all finite; not {found}")
         return x
@@ -281,9 +262,8 @@ class CoOp(torch.nn.Module):
         y = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
         if y.shape != (N,) or y.dtype.kind not in "iu":
             raise ValueError(f"labels are {N} integers, one per image, not {y.shape} {y.dtype}")
-        K = len(self.classnames)
-        if outside := set(y.tolist()) - set(range(K)):
-            raise ValueError(f"label {min(outside)} is outside 0 to {K - 1}")
+        if outside := set(y.tolist()) - set(range(len(self.classnames))):
+            raise ValueError(f"label {min(outside)} is outside 0 to {len(self.classnames) - 1}")
         return torch.as_tensor(y.astype(np.int64), device=self.ctx.device)
 
 
@@ -386,21 +366,18 @@ def pack(model, prompts, row_tokens=None, part_tokens=3200):
         if not rows or len(rows[-1]) + len(branch) > P + row_tokens:
             rows.append(list(trunk))  # a new row
         rows[-1] += branch
+    rows = [torch.tensor(row, device=model.text_projection.device) for row in rows]
     n = max(1, part_tokens // max(map(len, rows)))  # rows per part
-    device = model.text_projection.device
-    return [as_tensors(rows[i:i + n], device) for i in range(0, len(rows), n)]
-
-
-def as_tensors(rows, device):
-    """Rows, lists of (id, position, owner) -> a Part. A token sees itself and those before it that
-    have the same owner, the number of their prompt, or the owner -1, the trunk."""
-    rows = [torch.tensor(row, device=device) for row in rows]
-    # short rows are padded with zeros at the end; no real token sees them, as it looks only back
-    tokens, position, owner = pad_sequence(rows, batch_first=True).unbind(2)  # (R, L) each
-    visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L)
-    visible |= owner[:, None, :] == -1
-    ends = (tokens.flatten() == EOT).nonzero()[:, 0]
-    return Part(tokens, position, visible.tril(), ends)
+    parts = []
+    for i in range(0, len(rows), n):
+        # zeros pad short rows at the end; no real token sees them, as it looks only back
+        padded = pad_sequence(rows[i:i + n], batch_first=True)
+        tokens, position, owner = padded.unbind(2)  # (R, L) each
+        visible = owner[:, :, None] == owner[:, None, :]  # (R, L, L): the same prompt
+        visible |= owner[:, None, :] == -1  # or the trunk
+        ends = (tokens.flatten() == EOT).nonzero()[:, 0]
+        parts.append(Part(tokens, position, visible.tril(), ends))
+    return parts
 
 
 # ---------------------------------------- names and checks
@@ -413,7 +390,11 @@ def token_ids(text):
 def check_names(classnames):
     """Class names as a list; warns of those that the same context cannot tell apart."""
     names = list(classnames)
-    if isinstance(classnames, (str, dict, set, frozenset)) or not all(map(is_text, names)):
+    are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
+    # a folder's name may be bytes of an unknown coding, which Python gives as surrogates
+    if are_texts and any("\ud800" <= sign <= "\udfff" for sign in "".join(names)):
+        are_texts = False
+    if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
     names = [str(name) for name in names]  # `load` would refuse NumPy's strings
     groups = {}  # token ids -> the names that have them
@@ -422,13 +403,6 @@ def check_names(classnames):
     if same := [group for group in groups.values() if len(group) > 1]:
         warnings.warn(f"classes of the same name cannot be told apart: {same}", stacklevel=3)
     return names
-
-
-def is_text(value):
-    """Whether CLIP can read it. Bytes of an unknown coding, in a folder's name, are surrogates."""
-    surrogates = range(0xD800, 0xE000)
-    return (isinstance(value, str) and bool(token_ids(value))
-            and not any(ord(sign) in surrogates for sign in value))
 
 
 def check_clip(model):
@@ -511,8 +485,14 @@ def load_clip(name="mini", device=None):
     """
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name in clip.available_models():
-        model = load_openai(name)
+    if name in clip.available_models():  # a TorchScript archive, opened if its SHA-256 is right
+        folder = Path("~/.cache/clip").expanduser() if ROOT == DATA else ROOT / "clip"
+        try:
+            model, _ = clip.load(name, "cpu", download_root=str(folder))
+        except (OSError, RuntimeError) as error:
+            url = clip.clip._MODELS[name]
+            raise RuntimeError(f"CLIP {name}: {folder / url.split('/')[-1]} is missing or damaged, "
+                               f"no download ({error}): put {url} there") from error
     else:
         path = DATA / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
         if not path.is_file():
@@ -530,17 +510,6 @@ def load_clip(name="mini", device=None):
     if device.type in ("cpu", "cuda"):
         model = model.to(memory_format=torch.channels_last)  # convolutions are faster
     return model, clip.clip._transform(model.visual.input_resolution)
-
-
-def load_openai(name):
-    """OpenAI's CLIP on the CPU: a TorchScript archive, which is opened if its SHA-256 is right."""
-    folder = Path("~/.cache/clip").expanduser() if ROOT == DATA else ROOT / "clip"
-    try:
-        return clip.load(name, "cpu", download_root=str(folder))[0]
-    except (OSError, RuntimeError) as error:
-        url = clip.clip._MODELS[name]
-        raise RuntimeError(f"CLIP {name}: {folder / url.split('/')[-1]} is missing or damaged, and "
-                           f"the download failed ({error}). Put {url} there") from error
 
 
 def read_tensors(path):

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 import torch
+from clip.clip import _tokenizer as tokenizer
 from IPython.display import Image, display
 from matplotlib.colors import to_rgb
 
@@ -85,6 +86,17 @@ def table(rows, columns, width=10, first=30):
     for name, values in rows.items():
         cells = ["" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in values]
         print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+
+def nearest_words(coop, k):
+    """The k tokens whose embeddings are nearest to each vector of a unified context (the paper's
+    table 4; Euclidean): M lists of pairs (word, distance)."""
+    distances = torch.cdist(coop.ctx.detach(), coop.clip_model.token_embedding.weight)
+    nearest = []
+    for values, ids in zip(*distances.topk(k, largest=False)):
+        words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
+        nearest.append(list(zip(words, values.tolist())))
+    return nearest
 
 
 # ---------------------------------------------------------------- exercises

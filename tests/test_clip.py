@@ -102,7 +102,7 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda url: Answer(b"wrong"))
     place = f"{tmp_path}/clip/RN50.pt is missing or damaged"
-    with pytest.raises(RuntimeError, match=rf"{place}.*SHA256.*Put https://\S+/RN50.pt there"):
+    with pytest.raises(RuntimeError, match=rf"{place}.*SHA256.*put https://\S+/RN50.pt there"):
         load_clip("RN50", "cpu")
 
     def offline(url):
@@ -112,7 +112,7 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
     (tmp_path / "clip/RN50.pt").write_bytes(b"cut off")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(RuntimeError, match=f"{place}.*no network.*Put https://"):
+        with pytest.raises(RuntimeError, match=f"{place}.*no network.*put https://"):
             load_clip("RN50", "cpu")
 
 
