@@ -58,7 +58,8 @@ __all__ = ["CoOp", "encode_images", "few_shot", "learning_rate", "linear_probe",
 
 SOS = tokenizer.encoder["<|startoftext|>"]
 EOT = tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
-CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for vector i of the context
+# in our prompts the id CONTEXT + i stands for vector i of the context
+CONTEXT = EOT + 1
 
 
 # ---------------------------------------- CoOp
@@ -66,7 +67,7 @@ CONTEXT = EOT + 1  # in our prompts the id CONTEXT + i stands for vector i of th
 class CoOp(torch.nn.Module):
     """The prompt learner (section 3.2 of the paper): prompts "[V1] ... [VM] class name ."
 
-    model: a CLIP from load_clip, which chooses the device (`coop.to` moves the context alone).
+    model: a CLIP from load_clip, which chooses the device; `coop.to` would move the context alone.
     classnames: K names. n_ctx: M. class_specific: one context for each class, ctx (K, M, D),
     instead of a unified one, (M, D). class_position: "end", "middle" (the smaller half of an odd M
     stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
@@ -89,7 +90,7 @@ class CoOp(torch.nn.Module):
         self.class_specific = bool(class_specific)
         self.class_position = class_position
         self.seed = int(seed)
-        # people mark a place for the name as {}, [CLASS], %s or <name>; in these words it has none
+        # a placeholder for the name ({}, [CLASS], %s, <name>) is refused
         is_words = isinstance(ctx_init, str) and not set(ctx_init) & set("{}[]%<>")
         if ctx_init is not None and not is_words:
             raise ValueError(f"ctx_init is a text, with no place for a name: {ctx_init!r}")
@@ -110,9 +111,9 @@ class CoOp(torch.nn.Module):
             ctx = model.token_embedding.weight[words].expand(shape).clone()
         self.ctx = torch.nn.Parameter(ctx.to(model.text_projection.device))
 
-        # the prompts (section 3.2): ids of context vectors around the tokens of the name. Where the
-        # id CONTEXT + i stands, encode_rows will put row i of the context (of all classes' contexts
-        # one below the other)
+        # the prompts (section 3.2): ids of context vectors around the tokens of the name. The id
+        # CONTEXT + i stands for row i of the context, which encode_rows will put in its place;
+        # class-specific contexts are stacked, so that of class k begins at row k * M
         n_before = {"end": M, "middle": M // 2, "front": 0}[class_position]
         prompts = []
         for k, name in enumerate(self.classnames):
@@ -123,12 +124,12 @@ class CoOp(torch.nn.Module):
             # where it merges with the name's last token, as in "bat (animal)."
             n = len(token_ids(name))
             prompts.append([SOS, *v[:n_before], *tokens[:n], *v[n_before:], *tokens[n:], EOT])
-        self.packed = pack(model, prompts)  # as tensors, a list of Parts
+        self.packed = pack(model, prompts)  # as tensors, for the text encoder
         self.eval()
 
     def text_features(self, ctx=None):
         """Unit-norm features (K, E) of the prompts, with the learned context or with another one of
-        its shape, such as one shifted by an image's feature."""
+        its shape, such as one that a network of yours shifted for an image."""
         ctx = self.ctx if ctx is None else ctx
         if ctx.shape != self.ctx.shape:
             raise ValueError(f"a context of shape {tuple(ctx.shape)}, not {tuple(self.ctx.shape)}")
@@ -193,8 +194,9 @@ class CoOp(torch.nn.Module):
                 optimizer.step()
                 losses.append(loss.detach())
                 hits.append(logits.argmax(1) == y[batch])
+            accuracy = torch.cat(hits).float().mean()
             self.history_["loss"].append(torch.stack(losses).mean().item())
-            self.history_["accuracy"].append(torch.cat(hits).float().mean().item())
+            self.history_["accuracy"].append(accuracy.item())
             self.history_["lr"].append(optimizer.param_groups[0]["lr"])
         if not all(p.isfinite().all() for p in self.parameters()):
             raise RuntimeError("training diverged to NaN or infinity: use a smaller lr")
@@ -204,7 +206,7 @@ class CoOp(torch.nn.Module):
     def predict_proba(self, image_features):
         """Class probabilities (N, K) of image features (N, E), in eval mode."""
         training = self.training
-        self.eval()  # for layers that a subclass added, and for a score amid training
+        self.eval()  # without a subclass's dropout, even if called during training
         probabilities = self(self._features(image_features)).softmax(1)
         self.train(training)
         return probabilities
@@ -220,9 +222,15 @@ class CoOp(torch.nn.Module):
 
     def save(self, path):
         """Writes what was learned, without CLIP."""
-        torch.save({"state": self.state_dict(), "classnames": self.classnames, "seed": self.seed,
-                    "class_specific": self.class_specific, "class_position": self.class_position,
-                    "clip": fingerprint(self.clip_model)}, path)
+        learned = {
+            "state": self.state_dict(),
+            "classnames": self.classnames,
+            "class_specific": self.class_specific,
+            "class_position": self.class_position,
+            "seed": self.seed,
+            "clip": fingerprint(self.clip_model),
+        }
+        torch.save(learned, path)
 
     @classmethod
     def load(cls, path, model, classnames=None, **settings):
@@ -237,9 +245,9 @@ class CoOp(torch.nn.Module):
         names = saved["classnames"] if classnames is None else classnames
         if saved["class_specific"] and list(names) != saved["classnames"]:
             raise ValueError(f"{path} is class-specific: only for its own classes, in their order")
-        coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], seed=saved["seed"],
-                   class_specific=saved["class_specific"], class_position=saved["class_position"],
-                   **settings)
+        for key in ("class_specific", "class_position", "seed"):
+            settings[key] = saved[key]
+        coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], **settings)
         coop.load_state_dict(saved["state"])
         return coop.eval()
 
@@ -249,7 +257,7 @@ class CoOp(torch.nn.Module):
         try:
             x = torch.as_tensor(image_features, dtype=torch.float32, device=self.ctx.device)
         except (RuntimeError, TypeError, ValueError):
-            x = torch.empty(0)  # images, or a list of vectors
+            x = torch.empty(0)  # of images, or of a list of vectors: refused below
         if x.ndim not in dims or x.shape[-1] != E or not x.numel() or not x.isfinite().all():
             found = f"{type(image_features).__name__} {tuple(x.shape)}"
             raise ValueError(f"image features of this CLIP are one tensor or array (N, {E}), for "
@@ -276,7 +284,7 @@ def learning_rate(epoch, epochs, lr=0.002):
 
 
 def n_epochs(shots):
-    """The paper's epochs: 50 for 1 shot, 100 for 2 and 4, 200 for more. (It takes 50 for ImageNet
+    """The paper's epochs: 50 for 1 shot, 100 for 2 to 4, 200 for more. (It takes 50 for ImageNet
     at all shots: pass epochs=50.)"""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
@@ -336,24 +344,26 @@ def encode_prompts(model, packed, ctx=None):
 
 # This part is about speed and memory alone and can be skipped at first reading. The tokens that all
 # prompts share at their start, the trunk, have the same outputs in each prompt, as a token sees
-# only what stands before it. So they are computed once; and nothing after an EOT counts. A row
+# only what stands before it. So they are computed once. Padding after an EOT is dropped. A row
 # begins with the trunk, and the rest of each prompt, its branch, hangs behind:
 #
 #     token     SOS V1 V2 .. VM | cat  .   EOT | sea  horse .   EOT | ...
 #     position   0   1  2 ..  M | M+1  M+2 M+3 | M+1  M+2   M+3 M+4 | ...
 #
-# A token sees the trunk and what stands before it in its own branch. Many prompts fill several
-# rows, each with a copy of the trunk. Up to rounding this is exact, gradients too. Class-specific
-# contexts, or names in front, leave SOS alone as the trunk, so they gain less.
+# A token sees the trunk and what stands before it in its own branch: the same tokens at the same
+# positions as in its own prompt. So, up to rounding, all outputs and gradients are the same. Many
+# prompts fill several rows, each with a copy of the trunk. With class-specific contexts, or the
+# name in front, prompts share little more than SOS, and less is gained.
 
 def pack(model, prompts, row_tokens=None, part_tokens=3200):
     """K prompts, lists of token ids -> a list of Parts, the prompts in their order. row_tokens:
-    about how many branch tokens a row holds; part_tokens: about how many tokens a Part holds."""
+    how many branch tokens a row holds, part_tokens: how many tokens a Part holds, if no single
+    branch or row is longer."""
     longest = max(prompts, key=len)
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
         raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
-                         f"but CLIP reads {model.context_length}: shorten name or context")
+                         f"but CLIP reads {model.context_length}: shorten it")
     # the length of the trunk (commonprefix takes lists, too); [:-1]: a branch keeps its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
@@ -388,11 +398,11 @@ def token_ids(text):
 
 
 def check_names(classnames):
-    """Class names as a list; warns of those that the same context cannot tell apart."""
+    """Class names as a list; warns of equal ones, which a unified context cannot tell apart."""
     names = list(classnames)
     are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
-    # a folder's name may be bytes of an unknown coding, which Python gives as surrogates
-    if are_texts and any("\ud800" <= sign <= "\udfff" for sign in "".join(names)):
+    # bytes of an unknown coding, in a folder's name, are surrogates in Python
+    if are_texts and re.search("[\ud800-\udfff]", "".join(names)):
         are_texts = False
     if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
@@ -439,12 +449,14 @@ def zero_shot_weights(model, classnames, templates):
 def linear_probe(train, train_labels, val, val_labels):
     """The paper's baseline: scikit-learn's logistic regression on image features (N, E).
 
-    C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then, from a tenth to ten
-    times the best, 8 steps that each keep the half of the range (in log space) beside its better
-    end. Returns scikit-learn's object.
+    C is searched on a validation set: a coarse grid from 1e6 to 1e-6, then a bisection in log C
+    from a tenth to ten times the best, whose 8 steps keep the half beside the better end. Returns
+    scikit-learn's object.
     """
-    given = (train, train_labels, val, val_labels)
-    x, y, x_val, y_val = [np.asarray(v.cpu() if torch.is_tensor(v) else v) for v in given]
+    given = []
+    for values in (train, train_labels, val, val_labels):
+        given.append(np.asarray(values.cpu() if torch.is_tensor(values) else values))
+    x, y, x_val, y_val = given
 
     @cache  # the search comes back to one end of its range in every step
     def fitted(log_C):
@@ -478,10 +490,10 @@ ROOT = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
 def load_clip(name="mini", device=None):
     """Loads a frozen CLIP: (model in eval mode and float32, transform of a PIL image to pixels).
 
-    name: "mini" (ours, which knows icons), a name of `clip.available_models()` (OpenAI's, in
-    $MINI_COOP_ROOT/clip or ~/.cache/clip, downloaded once) or the path of a state dict in OpenAI's
-    layout. device: None takes CUDA where there is one. Raises ValueError for other names and files,
-    RuntimeError if OpenAI's file is neither there nor can be downloaded.
+    name: "mini" (ours, which knows icons), the path of a state dict in OpenAI's layout, or a name
+    of `clip.available_models()`: OpenAI's, downloaded once to ~/.cache/clip or, where
+    MINI_COOP_ROOT is set, to its folder clip. device: None takes CUDA where there is one. Raises
+    ValueError for other names and files, RuntimeError if there is no OpenAI's file.
     """
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -503,7 +515,8 @@ def load_clip(name="mini", device=None):
             raise ValueError(f"{path} is no state dict of OpenAI's CLIP: it begins with "
                              f"{', '.join(map(str, list(state)[:3]))}")
         model = clip.model.build_model(dict(state)).float()
-        model.load_state_dict(state, strict=False)  # again, as build_model rounds to float16
+        # again, as build_model rounds to float16
+        model.load_state_dict(state, strict=False)
     if not all(x.isfinite().all() for x in model.state_dict().values()):
         raise ValueError(f"CLIP {name}: some weights are NaN or infinite")
     model = model.eval().requires_grad_(False).to(device)
@@ -547,7 +560,8 @@ def open_image(source):
     image = source
     if 0 in image.size:
         raise ValueError(f"no pixels: {image.size[0]} x {image.size[1]}")
-    if image.mode[0] in "IF":  # their range is anybody's guess, and PIL would cut them off at 255
+    # their range is anybody's guess, and PIL would cut them off at 255
+    if image.mode[0] in "IF":
         raise ValueError(f"16-bit or float values (PIL's mode {image.mode}): convert to 8 bits")
     try:
         image = ImageOps.exif_transpose(image)
@@ -570,7 +584,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform. views=A
     for A > 1 gives (N, A, E), of random crops and flips (the paper's augmentation) that `seed`
     draws in the order of the list; `fit` picks among them. batch_size: views at a time. progress:
-    as in `fit`. Raises ValueError for anything else, and for unreadable images, naming up to ten.
+    as in `fit`. Raises ValueError for an empty list or other types, and for unreadable images.
     """
     check_clip(model)
     alone = isinstance(images, SOURCES)
@@ -596,8 +610,8 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 
     device = model.text_projection.device
     model.eval()  # in training mode a ResNet would mix the images of a batch
-    # threads read files side by side, but only one draws crops, which come in order, or loads PIL
-    # images, as the same one may stand in the list twice
+    # threads read files side by side. But crops must be drawn in order, and one PIL image may occur
+    # twice: then a single thread
     one_by_one = views > 1 or any(isinstance(image, Image.Image) for image in images)
     size = max(1, batch_size // views)
     hide = None if progress is None else not progress
@@ -619,10 +633,10 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
 # ---------------------------------------- data sets
 
 SPLITS = ("train", "val", "test")
-# folders with these names alone are parts of a data set, not classes
-ROLES = {"train", "training", "val", "valid", "validation", "test", "testing", "set", "image",
-         "images", "img", "input", "inputs", "mask", "masks", "label", "labels", "annotations",
-         "gt", "target", "targets"}
+# folders with such names are parts of a data set, not classes
+ROLES = {"train", "training", "val", "valid", "validation", "test", "testing",
+         "set", "image", "images", "img", "input", "inputs", "mask", "masks",
+         "label", "labels", "annotations", "gt", "target", "targets"}
 
 
 class Split(NamedTuple):
@@ -702,15 +716,16 @@ def read_json(folder):
 
 def read_folders(root):
     """<root>/<class>/*.jpg, or the same below train/, val/ and test/ -> Dataset."""
-    found = []  # glob leaves hidden files out and follows links; "**" would follow them in circles
+    # */*/*: glob leaves hidden files out and follows links; "**" would follow them in circles
+    found = []
     for depth in range(1, 6):
         found += map(Path, glob.glob("/".join("*" * depth), root_dir=root))
     images = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     images = [path for path in images if not (root / path).is_dir()]
     used = set(images).union(*[path.parents for path in images])
     if others := sorted(str(path) for path in found if path not in used):
-        warnings.warn(f"{root}: not read, as they are none of {', '.join(FORMATS)}: "
-                      f"{', '.join(others)[:200]}", stacklevel=3)
+        warnings.warn(f"{root}: no {', '.join(FORMATS)}, so not read: {', '.join(others)[:200]}",
+                      stacklevel=3)
     in_splits = any(path.parts[0] in SPLITS and len(path.parts) == 3 for path in images)
     depth = 3 if in_splits else 2  # of train/cat/1.jpg, of cat/1.jpg
     odd = []  # images at another depth
@@ -768,6 +783,6 @@ def few_shot(data, shots, seed):
     return data._replace(train=train, val=draw("validation", data.val, min(shots, 4)))
 
 
-if __name__ == "__main__":  # the main job
+if __name__ == "__main__":  # the main job of README
     sys.path.append(str(DATA))
     runpy.run_path(str(DATA / "grid.py"), run_name="__main__")

@@ -62,8 +62,8 @@ def short_hash(value):
 
 
 def images_hash(data):
-    """Of the names, sizes and labels of all images, and of the class names."""
-    found = [data.classnames]
+    """Of the names, sizes and labels of all images, and of the names of classes and domains."""
+    found = [data.classnames, *data.domains]
     for split in (data.train, data.val, data.test, *data.domains.values()):
         found.append(split.labels)
         for image in split.images:
@@ -110,8 +110,9 @@ def probe_scores(x, y, x_val, y_val, n_classes):
 
 
 def accuracies(tests, scores):
-    """{split: %} of scores: features (N, E) -> (N, K); tests: {split: (features, labels)}. A domain
-    with less than half of the classes (ImageNet-A and -R) is scored among those alone."""
+    """{split: %} of scores: features (N, E) -> (N, K); tests: {split: (features, labels)}. (The
+    lengths of features do not change which score is the largest.) A domain with less than half of
+    the classes (ImageNet-A and -R) is scored among those alone."""
     found = {}
     for name, (x, y) in tests.items():
         s = scores(x).cpu()
@@ -150,8 +151,9 @@ def run_dataset(model, preprocess, data, folder, args):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {file}")
     encode = partial(mini_coop.encode_images, model, preprocess)
     tests = {}  # split -> features, labels
-    for name, split in {"test": data.test, **data.domains}.items() if todo else ():
-        tests[name] = encode(split.images), split.labels
+    if todo:
+        for name, split in {"test": data.test, **data.domains}.items():
+            tests[name] = encode(split.images), split.labels
     twice = set()  # training images whose picture is in the test split, too
 
     @lru_cache(maxsize=1)  # the methods of a sample follow one another
@@ -213,13 +215,14 @@ def introduce(model, data, args):
         print("no validation images: no linear probe, which chooses its C on them")
     # wrong options are refused here, before any image is encoded
     new_coop(model, data, args)
-    mini_coop.zero_shot_weights(model, data.classnames, data.template)
+    longest = max(TEMPLATES, key=len)
+    mini_coop.zero_shot_weights(model, data.classnames, [data.template, longest])
 
 
 def note(args):
-    """What the paper does otherwise."""
-    here = f"{args.views} crops of each" if args.views > 1 else "the images as they are"
-    return f"  (the paper trains on a new random crop in every epoch; --views {args.views}: {here})"
+    """What the paper does otherwise, in one line."""
+    here = f"one of {args.views} crops" if args.views > 1 else "the image as it is"
+    return f"  (the paper: a new random crop in every epoch; here {here})"
 
 
 def show_dataset(data, lines, folder, args):
@@ -227,8 +230,9 @@ def show_dataset(data, lines, folder, args):
     and the paper's."""
     own = set(map(str, data.test.images))  # a domain made of test images is no shift
     shifts = [name for name, s in data.domains.items() if own.isdisjoint(map(str, s.images))]
-    for line in lines if shifts else ():
-        line["accuracy"]["mean of shifts"] = mean(line["accuracy"][name] for name in shifts)
+    if shifts:
+        for line in lines:
+            line["accuracy"]["mean of shifts"] = mean(line["accuracy"][name] for name in shifts)
     results = report.Results(lines, data.template, 100 / len(data.classnames))
     setting = {key: getattr(args, key) for key in report.RECIPE if key != "views"}
     theirs = report.papers(args.model, **setting).get(data.name)

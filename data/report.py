@@ -18,7 +18,7 @@ LOOKS = {"linear probe": ("#0072B2", "s--"), "CoOp unified": ("#D55E00", "o-"),
          "CoOp class-specific": ("#009E73", "^-.")}  # of a curve: colour, marker and line
 METHODS = tuple(LOOKS)  # those that learn from shots
 RECIPE = {"n_ctx": 16, "class_position": "end", "ctx_init": None, "epochs": None, "views": 1}
-RESULT = ("accuracy", "file")  # what a run gives; by all else in its line it is known
+RESULT = ("accuracy", "file")  # a line's outputs; all its other keys identify the run
 STATE = ("weights", "images", "device", "torch")
 OWN = "their own templates"  # of several data sets
 
@@ -30,7 +30,8 @@ class Results(NamedTuple):
     chance: float  # accuracy of guessing, in %
 
     def accuracies(self, method, shots=None, split="test"):
-        """In %, one per seed. shots: None for what needs none; zero-shot: of the own template."""
+        """In %, one per seed. shots: None for what needs none. Of "zero-shot" only that of the data
+        set's own template."""
         return [line["accuracy"][split] for line in self.lines
                 if line["method"] == method and line.get("shots") == shots
                 and line.get("template", self.template) == self.template
@@ -50,8 +51,8 @@ class Results(NamedTuple):
 def read_lines(file):
     """The lines of a results.jsonl, as dicts; none if there is no such file."""
     lines = []
-    text = Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
-    for i, text in enumerate(text.splitlines(), 1):
+    content = Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
+    for i, text in enumerate(content.splitlines(), 1):
         if not text:
             continue
         try:
@@ -201,9 +202,10 @@ def draw_panel(ax, results, methods):
         color, style = LOOKS[method]
         ax.errorbar(list(over), list(map(mean, over.values())), list(map(pstdev, over.values())),
                     fmt=style, color=color, ms=5, capsize=2, label=method)
+    # 30 points or more, so that noise does not look like a trend; a mark at 0 or 100 is seen
     low, high = ax.get_ylim()
-    low = max(-1, min(low, (low + high) / 2 - 15, 71))  # 30 points or more: noise must not look
-    high = min(101, max(high, low + 30))  # like a trend; a mark at 0 or 100 is seen
+    low = max(-1, min(low, (low + high) / 2 - 15, 71))
+    high = min(101, max(high, low + 30))
     ax.set_ylim(low, high)
     if low < results.chance < high:
         ax.axhline(results.chance, color="gray", lw=0.8, ls=":", label="chance")

@@ -102,7 +102,8 @@ def test_another_default_dtype_or_precision_of_the_context(tiny):
     finally:
         torch.set_default_dtype(torch.float32)
     assert p.dtype == images.dtype == torch.float32
-    assert torch.allclose(CoOp(tiny[0], FOUR, 4).half().predict_proba(x), expected, atol=0.01)
+    for coop in (CoOp(tiny[0], FOUR, 4).half(), CoOp(tiny[0], FOUR, 4).double()):
+        assert torch.allclose(coop.predict_proba(x), expected, atol=0.01)
 
 
 def test_the_reference_runs_in_half_precision(tiny):
