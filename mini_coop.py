@@ -90,12 +90,11 @@ class CoOp(torch.nn.Module):
         self.class_specific = bool(class_specific)
         self.class_position = class_position
         self.seed = int(seed)
+        words = token_ids(ctx_init) if isinstance(ctx_init, str) else []
         # a placeholder for the name ({}, [CLASS], %s, <name>) is refused
-        is_words = isinstance(ctx_init, str) and not set(ctx_init) & set("{}[]%<>")
-        if ctx_init is not None and not is_words:
-            raise ValueError(f"ctx_init is a text, with no place for a name: {ctx_init!r}")
-        words = token_ids(ctx_init) if is_words else None
-        M = n_ctx if words is None else len(words)
+        if ctx_init is not None and (not words or set(ctx_init) & set("{}[]%<>")):
+            raise ValueError(f"ctx_init is words, with no place for a name, not {ctx_init!r}")
+        M = len(words) or n_ctx
         K = len(self.classnames)
         D = model.ln_final.weight.shape[0]
         if K < 2 or not isinstance(M, (int, np.integer)) or M < 1:
@@ -104,7 +103,7 @@ class CoOp(torch.nn.Module):
 
         # the context: words' embeddings or random vectors
         shape = (K, M, D) if class_specific else (M, D)
-        if words is None:
+        if not words:
             generator = torch.Generator().manual_seed(self.seed)
             ctx = 0.02 * torch.randn(shape, generator=generator, dtype=torch.float32)
         else:
@@ -157,19 +156,23 @@ class CoOp(torch.nn.Module):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
         image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
-        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). An
-        incomplete last batch is dropped; which images it holds changes with each epoch. optimizer:
-        your own, in place of SGD with `lr`; its rates follow the same schedule. progress: whether
-        to show a bar; None: in a terminal only. `history_` holds loss, training accuracy and lr of
-        every epoch. Raises RuntimeError if the training diverges.
+        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). Of each
+        epoch's shuffled images an incomplete last batch is dropped. optimizer: your own, in place
+        of SGD with `lr`; its rates follow the same schedule. progress: whether to show a bar; None:
+        in a terminal only. `history_` holds loss, training accuracy and lr of every epoch. Raises
+        RuntimeError if the training diverges.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
         y = self._labels(labels, N)
         epochs = n_epochs(y.bincount().max()) if epochs is None else epochs
+        if epochs < 0 or batch_size < 1:
+            raise ValueError(f"epochs from 0 and a batch_size from 1, not {epochs}, {batch_size}")
         batch_size = min(int(batch_size), N)
         if optimizer is None:
             optimizer = torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        elif not {*self.parameters()} & {*optimizer.param_groups[0]["params"]}:
+            raise ValueError("the optimizer is of other parameters than coop.parameters()")
         generator = torch.Generator().manual_seed(self.seed)  # the same order on every device
         self.history_ = {"loss": [], "accuracy": [], "lr": []}
         self.train()  # matters to subclasses with dropout
@@ -194,9 +197,8 @@ class CoOp(torch.nn.Module):
                 optimizer.step()
                 losses.append(loss.detach())
                 hits.append(logits.argmax(1) == y[batch])
-            accuracy = torch.cat(hits).float().mean()
             self.history_["loss"].append(torch.stack(losses).mean().item())
-            self.history_["accuracy"].append(accuracy.item())
+            self.history_["accuracy"].append(torch.cat(hits).float().mean().item())
             self.history_["lr"].append(optimizer.param_groups[0]["lr"])
         if not all(p.isfinite().all() for p in self.parameters()):
             raise RuntimeError("training diverged to NaN or infinity: use a smaller lr")
@@ -245,9 +247,9 @@ class CoOp(torch.nn.Module):
         names = saved["classnames"] if classnames is None else classnames
         if saved["class_specific"] and list(names) != saved["classnames"]:
             raise ValueError(f"{path} is class-specific: only for its own classes, in their order")
-        for key in ("class_specific", "class_position", "seed"):
-            settings[key] = saved[key]
-        coop = cls(model, names, n_ctx=saved["state"]["ctx"].shape[-2], **settings)
+        n_ctx = saved["state"]["ctx"].shape[-2]
+        own = {key: saved[key] for key in ("class_specific", "class_position", "seed")}
+        coop = cls(model, names, n_ctx=n_ctx, **own, **settings)
         coop.load_state_dict(saved["state"])
         return coop.eval()
 
@@ -363,7 +365,8 @@ def pack(model, prompts, row_tokens=None, part_tokens=3200):
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
         raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
-                         f"but CLIP reads {model.context_length}: shorten it")
+                         f"but CLIP reads {model.context_length}: shorten context, template or "
+                         "name")
     # the length of the trunk (commonprefix takes lists, too); [:-1]: a branch keeps its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
@@ -399,14 +402,14 @@ def token_ids(text):
 
 def check_names(classnames):
     """Class names as a list; warns of equal ones, which a unified context cannot tell apart."""
-    names = list(classnames)
-    are_texts = all(isinstance(name, str) and token_ids(name) for name in names)
-    # bytes of an unknown coding, in a folder's name, are surrogates in Python
-    if are_texts and re.search("[\ud800-\udfff]", "".join(names)):
-        are_texts = False
-    if isinstance(classnames, (str, dict, set, frozenset)) or not are_texts:
+    if isinstance(classnames, (str, dict, set, frozenset)) or not len(classnames):
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
-    names = [str(name) for name in names]  # `load` would refuse NumPy's strings
+    for name in classnames:
+        # bytes of an unknown coding, in a folder's name, are surrogates in Python
+        is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)
+        if not is_text or not token_ids(name):
+            raise ValueError(f"class names are a list of texts, none of them {name!r}")
+    names = [str(name) for name in classnames]  # `load` would refuse NumPy's strings
     groups = {}  # token ids -> the names that have them
     for name in names:
         groups.setdefault(tuple(token_ids(name)), []).append(name)
@@ -529,6 +532,8 @@ def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code from a file is run."""
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
+    except OSError:
+        raise  # no such file
     except Exception as error:  # torch's own message advises switching the protection off
         raise ValueError(f"cannot read {path} as a dict of plain tensors: {type(error).__name__}. "
                          "(OpenAI's archives are opened by name, such as 'RN50'.)") from None
@@ -587,11 +592,11 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     as in `fit`. Raises ValueError for an empty list or other types, and for unreadable images.
     """
     check_clip(model)
-    alone = isinstance(images, SOURCES)
-    images = [] if alone else list(images)
+    found = f"a {type(images).__name__}"
+    images = [] if isinstance(images, SOURCES) else list(images)
     wrong = [type(image).__name__ for image in images if not isinstance(image, SOURCES)]
     if not images or wrong or views < 1:
-        found = "one alone" if alone else wrong[0] if wrong else f"{len(images)}, {views} views"
+        found += f" of {wrong[0]}" if wrong else f" with {len(images)} images and {views} views"
         raise ValueError("images are a list of paths or PIL images (of a Split: split.images) with "
                          f"one view or more, not {found}")
     n_px = model.visual.input_resolution
@@ -605,7 +610,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
             image = open_image(source)
             return torch.stack([preprocess(image) for _ in range(views)]).float()
         except Exception as error:  # files can raise anything; all are named at the end
-            unreadable.append(f"{str(source)[:200]} ({error})")
+            unreadable.append(f"{str(source)[:200]} ({type(error).__name__}: {error})")
             return torch.zeros(views, 3, n_px, n_px)
 
     device = model.text_projection.device
@@ -693,7 +698,7 @@ def read_json(folder):
         domains = spec.get("domains", {})
         if set(splits) - set(SPLITS) or set(domains) & set(SPLITS):
             raise ValueError(f"splits are {SPLITS}, and domains have other names")
-        if "{}" not in str(spec["template"]):
+        if not isinstance(spec["template"], str) or "{}" not in spec["template"]:
             raise ValueError(f"the template has no {{}} for the class name: {spec['template']!r}")
         names = check_names(spec["classnames"])
         root = folder / spec.get("images", ".")
@@ -703,7 +708,7 @@ def read_json(folder):
             images = [root / path.replace("\\", "/") for path, _ in rows]
             parts[part] = Split(images, [label for _, label in rows])
             labels = set(parts[part].labels)
-            if not labels <= set(range(len(names))):
+            if not labels <= set(range(len(names))) or {type(k) for k in labels} - {int}:
                 raise ValueError(f"{part!r} has labels that are not 0 to {len(names) - 1}")
             if part in domains and len(labels) < 2:  # among one class every method is right
                 raise ValueError(f"the domain {part!r} has images of {len(labels)} classes only")

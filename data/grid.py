@@ -67,8 +67,11 @@ def images_hash(data):
     for split in (data.train, data.val, data.test, *data.domains.values()):
         found.append(split.labels)
         for image in split.images:
-            inside = isinstance(image, zipfile.Path)
-            size = image.root.getinfo(image.at).file_size if inside else image.stat().st_size
+            if isinstance(image, zipfile.Path):
+                info = image.root.NameToInfo.get(image.at)
+                size = info.file_size if info else None  # missing: encode_images will say so
+            else:
+                size = image.stat().st_size
             found.append((image.name, size))
     return short_hash(found)
 
@@ -141,6 +144,27 @@ def append(file, line):
         out.write("\n" + json.dumps(line))
 
 
+def train(run, model, data, sample, folder, args):
+    """Does one run: -> its scores, features (N, E) -> (N, K), and the file of its context."""
+    method = run["method"]
+    if method == "zero-shot":
+        weights = mini_coop.zero_shot_weights(model, data.classnames, run["template"])
+        return partial(F.linear, weight=weights), None
+    if method == "linear probe":
+        x, y, x_val, y_val, _ = sample
+        return probe_scores(x, y, x_val, y_val, len(data.classnames)), None
+    specific = method == "CoOp class-specific"
+    coop = new_coop(model, data, args, seed=run["seed"], class_specific=specific)
+    if method == "untrained":
+        return coop.predict_proba, None
+    _, y, _, _, views = sample
+    epochs = 50 if args.epochs is None and data.name == "imagenet" else args.epochs  # the paper's
+    coop.fit(views, y, epochs, progress=False)
+    name = f"{method} {run['shots']} shots seed {run['seed']} {short_hash(run)}.pt"
+    coop.save(folder / name.replace(" ", "_"))
+    return coop.predict_proba, name.replace(" ", "_")
+
+
 def run_dataset(model, preprocess, data, folder, args):
     """Runs what has no line yet; returns the lines that the command asks for."""
     file = folder / "results.jsonl"
@@ -149,55 +173,42 @@ def run_dataset(model, preprocess, data, folder, args):
     todo = [run for run in runs if report.run_key(run) not in done]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {file}")
-    encode = partial(mini_coop.encode_images, model, preprocess)
-    tests = {}  # split -> features, labels
     if todo:
-        for name, split in {"test": data.test, **data.domains}.items():
-            tests[name] = encode(split.images), split.labels
+        run_all(todo, model, partial(mini_coop.encode_images, model, preprocess), data, file, args)
+    by_run = {report.run_key(line): line for line in report.read_lines(file)}
+    return [by_run[report.run_key(run)] for run in runs]
+
+
+def run_all(todo, model, encode, data, file, args):
+    """Appends a line for each run; warns of pictures that are where they should not be."""
+    tests = {}  # split -> features, labels
+    for name, split in {"test": data.test, **data.domains}.items():
+        tests[name] = encode(split.images), split.labels
+    x_test, y_test = tests["test"]
     twice = set()  # training images whose picture is in the test split, too
 
     @lru_cache(maxsize=1)  # the methods of a sample follow one another
     def encode_sample(shots, seed):
         few = mini_coop.few_shot(data, shots, seed)
         x = encode(few.train.images)
-        for image, same in zip(few.train.images, same_picture(x, tests["test"][0])):
+        for image, same in zip(few.train.images, same_picture(x, x_test)):
             if same:
                 twice.add(image)
-        views = encode(few.train.images, args.views, seed=seed) if args.views > 1 else x
         x_val = encode(few.val.images) if few.val.images else None
-        return (views, few.train.labels), (x, few.train.labels, x_val, few.val.labels)
+        views = encode(few.train.images, args.views, seed=seed) if args.views > 1 else x
+        return x, few.train.labels, x_val, few.val.labels, views
 
     for run in tqdm(todo, data.name, ncols=79, disable=None):
-        method = run["method"]
-        line = dict(run)
-        if "shots" in run:
-            train, for_probe = encode_sample(run["shots"], run["seed"])
-        if method == "zero-shot":
-            weights = mini_coop.zero_shot_weights(model, data.classnames, run["template"])
-            scores = partial(F.linear, weight=weights)
-        elif method == "linear probe":
-            scores = probe_scores(*for_probe, len(data.classnames))
-        else:
-            specific = method == "CoOp class-specific"
-            coop = new_coop(model, data, args, seed=run["seed"], class_specific=specific)
-            scores = coop.predict_proba
-        if method.startswith("CoOp"):
-            epochs = 50 if args.epochs is None and data.name == "imagenet" else args.epochs
-            coop.fit(*train, epochs, progress=False)
-            name = f"{method} {run['shots']} shots seed {run['seed']} {short_hash(run)}.pt"
-            line["file"] = name.replace(" ", "_")
-            coop.save(folder / line["file"])
-        append(file, {**line, "accuracy": accuracies(tests, scores)})
+        sample = encode_sample(run["shots"], run["seed"]) if "shots" in run else None
+        scores, context = train(run, model, data, sample, file.parent, args)
+        line = {**run, "accuracy": accuracies(tests, scores)}
+        append(file, {**line, "file": context} if context else line)
     if twice:
         warnings.warn(f"{len(twice)} training images are in the test split, too: accuracies are "
                       "too high")
-    if todo:
-        x, y = tests["test"][0], torch.tensor(tests["test"][1])
-        several = sum(same_picture(x[y == k], x[y != k]).sum().item() for k in y.unique())
-        if several:
-            warnings.warn(f"{several} test images stand in two classes or more")
-    by_run = {report.run_key(line): line for line in report.read_lines(file)}
-    return [by_run[report.run_key(run)] for run in runs]
+    y = torch.tensor(y_test)
+    if several := sum(same_picture(x_test[y == k], x_test[y != k]).sum() for k in y.unique()):
+        warnings.warn(f"{several} test images stand in two classes or more")
 
 
 def introduce(model, data, args):

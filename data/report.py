@@ -60,7 +60,7 @@ def read_lines(file):
             line["method"], line["accuracy"]["test"]
             lines.append(line)
         except (KeyError, TypeError, ValueError):  # a job was killed while it wrote
-            warnings.warn(f"{file}: line {i} is cut off and skipped; the job will repeat its run")
+            warnings.warn(f"{file}: line {i} is cut off or no result, and is skipped")
     return lines
 
 

@@ -237,6 +237,8 @@ def test_a_method_of_your_own(tiny, tmp_path):
     coop = Variant(tiny[0], FOUR, 2, weight=100).fit(*solvable(n=2), epochs=3)
     assert (coop.shift < -0.1).all() and coop.seen == [(4, 32)] * 3
     coop.save(tmp_path / "variant.pt")
+    with pytest.raises(TypeError, match="multiple values"):  # what the file says holds
+        Variant.load(tmp_path / "variant.pt", tiny[0], weight=5, seed=9)
     again = Variant.load(tmp_path / "variant.pt", tiny[0], weight=5)
     assert torch.equal(again.shift, coop.shift) and again.weight == 5
 
@@ -272,6 +274,8 @@ def test_an_optimizer_of_your_own(tiny):
     assert torch.equal(coop.fit(x, y, epochs=4, optimizer=sgd).ctx, plain.ctx)
     coop.fit(x, y, epochs=4, optimizer=sgd)
     assert coop.history_["lr"] == plain.history_["lr"] and plain.history_["lr"][1] == 0.01
+    with pytest.raises(ValueError, match="of other parameters"):
+        CoOp(tiny[0], FOUR, 2).fit(x, y, optimizer=sgd)
     adam = torch.optim.Adam(coop.parameters(), lr=0.01)
     assert not torch.equal(coop.fit(x, y, epochs=4, optimizer=adam).ctx, plain.ctx)
 
@@ -372,12 +376,13 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
     (["cat", None], {}, "list of texts"),
     (["cat", " _ "], {}, "list of texts"),
     (["cat"], {}, "two classes"),
-    (["cat", "caf\udce9"], {}, "list of texts"),  # a folder's name in an unknown coding
+    (["cat", "caf\udce9"], {}, "list of texts, none of them"),  # bytes of another coding
     (["cat", "dog"], {"n_ctx": 0}, "one vector or more"),
     (["cat", "dog"], {"n_ctx": 16.0}, "one vector or more, not 2 and 16.0"),
     (["cat", "dog"], {"n_ctx": "a photo of a"}, "one vector or more, not 2 and 'a photo of a'"),
     (["cat", "dog"], {"ctx_init": ["a", "photo"]}, "no place for a name"),
-    (["cat", "dog"], {"ctx_init": " "}, "one vector or more"),
+    (["cat", "dog"], {"ctx_init": ""}, "ctx_init is words"),
+    (["cat", "dog", ""], {}, "none of them ''"),
     (["cat", "dog"], {"ctx_init": "a photo of a {}."}, "no place for a name"),
     (["cat", "dog"], {"ctx_init": "a photo of a [CLASS]."}, "no place for a name"),
     (["cat", "dog"], {"class_specific": "no"}, "not 'no'"),
@@ -434,6 +439,12 @@ def test_a_clip_that_is_not_as_load_clip_gives_it(tiny):
                      lambda model, names: encode_images(model, tiny[1], ["a.png"])):
             with pytest.raises(ValueError, match=r"a CLIP in float32 is needed.*load_clip\(\)"):
                 call(wrong, FOUR)
+
+
+def test_a_wrong_number_of_epochs_or_images_per_batch(tiny):
+    for options in ({"epochs": -1}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="epochs from 0 and a batch_size from 1"):
+            CoOp(tiny[0], FOUR, 2).fit(*solvable(n=2), **options)
 
 
 def test_a_training_that_diverges(tiny):

@@ -199,7 +199,8 @@ def test_dataset_json_with_files_and_with_an_archive(tmp_path, images):
     {"splits": {"validation": []}}, {"domains": {"test": []}}, {"domains": {"val": []}},
     {"splits": {"train": [["a.png", "0"]]}}, {"splits": {"train": [["a.png", -1]]}},
     {"splits": {"train": ["a.png"]}}, {"images": "dataset.json"}, {"template": None},
-    {"template": "an icon"}, {"domains": {"night": []}}, {"domains": {"night": [["a.png", 1]]}},
+    {"template": "an icon"}, {"template": ["a {}."]}, {"splits": {"train": [["a.png", 0.0]]}},
+    {"domains": {"night": []}}, {"domains": {"night": [["a.png", 1]]}},
 ])
 def test_a_dataset_json_of_another_form(tmp_path, change):
     (tmp_path / "dataset.json").write_text(json.dumps(SPEC | change))
@@ -352,11 +353,11 @@ def test_all_images_that_cannot_be_read_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("images, found", [
-    ("a.png", "one alone"), (Path("a.png"), "one alone"),
-    (Image.new("RGB", (9, 9)), "one alone"),
-    (np.zeros((9, 9, 3), np.uint8), "ndarray"), (torch.zeros(3, 3, 9, 9), "Tensor"),
-    ([(Image.new("RGB", (9, 9)), 1)], "tuple"), (Split(["a.png"], [0]), "list"),
-    ([b"GIF"], "bytes"), ([], "0, 1 views")])
+    ("a.png", "a str with"), (Path("a.png"), "a PosixPath with"),
+    (Image.new("RGB", (9, 9)), "a Image with"),
+    (np.zeros((9, 9, 3), np.uint8), "ndarray of ndarray"), (torch.zeros(3, 3, 9, 9), "of Tensor"),
+    ([(Image.new("RGB", (9, 9)), 1)], "list of tuple"), (Split(["a.png"], [0]), "Split of list"),
+    ([b"GIF"], "bytes"), ([], "0 images and 1 views")])
 def test_other_kinds_of_images_are_one_sentence(tiny, images, found):
     with pytest.raises(ValueError, match=f"images are a list of paths or PIL .*{found}") as error:
         encode_images(*tiny, images)

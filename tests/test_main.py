@@ -256,7 +256,7 @@ def test_jobs_side_by_side_and_a_killed_one(tmp_path):
     assert [job.wait() for job in jobs] == [-signal.SIGKILL, 0, 0]
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    with pytest.warns(UserWarning, match="is cut off and skipped"):
+    with pytest.warns(UserWarning, match="is cut off or no result"):
         lines = run(tmp_path, "--shots", 1, 2, "--seeds", 1, 2, 3)
     assert len(trained(lines)) == 12 and not list(tmp_path.rglob("*.part"))
     kept = [json.loads(text) for text in whole.splitlines() if text][:-1]
