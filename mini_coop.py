@@ -155,12 +155,10 @@ class CoOp(torch.nn.Module):
             progress=None):
         """Learns the context by the paper's recipe (section 4.1), from where it is; returns self.
 
-        image_features: (N, E), or (N, A, E): then each epoch takes a random view of each image.
-        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). Of each
-        epoch's shuffled images an incomplete last batch is dropped. optimizer: your own, in place
-        of SGD with `lr`; its rates follow the same schedule. progress: whether to show a bar; None:
-        in a terminal only. `history_` holds loss, training accuracy and lr of every epoch. Raises
-        RuntimeError if the training diverges.
+        image_features: (N, E), or (N, A, E) to take a random view of each image in each epoch.
+        labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). optimizer:
+        your own, in place of SGD with `lr`; its rates follow the same schedule. progress: a bar, or
+        None for one in a terminal only. Sets `history_`, the loss, accuracy and lr of every epoch.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
@@ -188,7 +186,7 @@ class CoOp(torch.nn.Module):
                 features = x[torch.arange(N), view]
             losses = []
             hits = []
-            for batch in order[:N - N % batch_size].split(batch_size):
+            for batch in order[:N - N % batch_size].split(batch_size):  # an incomplete one goes
                 text_features = self.text_features()  # (K, E)
                 logits = self(features[batch], text_features)  # (B, K)
                 loss = self.loss(logits, y[batch], text_features)
