@@ -299,3 +299,19 @@ def over_C(coarse, fine, chosen, sizes):
     ax.set(xscale="log", xlabel="C (larger: weaker regularisation)", ylabel="accuracy, %")
     fig.legend(loc="outside right upper")
     finish(fig)
+
+
+def distance_dots(points, hand_written):
+    """Accuracy on base and new classes over the distance from the hand-written text features.
+    points: {weight: [(distance, base %, new %), ...]}; hand_written: (base %, new %)."""
+    fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained", sharey=True)
+    marks = ("C0o", "C1s", "C2D", "C4^", "C5v", "C9X")
+    for i, (ax, title) in enumerate(zip(axes, ("base classes", "new classes"))):
+        for mark, (weight, runs) in zip(marks, points.items()):
+            values = [run[1 + i] for run in runs]
+            ax.plot([run[0] for run in runs], values, mark, ms=7, label=f"weight {weight}")
+        ax.axhline(hand_written[i], color="black", ls="--", lw=0.8, label="hand-written")
+        ax.set(title=title, xlabel="distance from the hand-written features")
+    axes[0].set_ylabel("test accuracy, %")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    finish(fig)

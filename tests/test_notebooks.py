@@ -23,7 +23,7 @@ import lessons  # noqa: E402
 @pytest.mark.skipif(not SOLUTIONS, reason="handed out without solutions")
 def test_exercises_are_cut_out_of_their_solutions(tmp_path, monkeypatch):
     import cut
-    assert [p.name for p in LESSONS] == [p.name for p in SOLUTIONS] and len(LESSONS) == 5
+    assert [p.name for p in LESSONS] == [p.name for p in SOLUTIONS] and len(LESSONS) == 6
     assert cut.main(check=True) == []
     for path in SOLUTIONS:
         cells = nbformat.read(path, 4).cells
