@@ -355,7 +355,7 @@ def encode_prompts(model, packed, ctx=None):
 # prompts fill several rows, each with a copy of the trunk. With class-specific contexts, or the
 # name in front, prompts share little more than SOS, and less is gained.
 
-def pack(model, prompts, row_tokens=None, part_tokens=3200):
+def pack(model, prompts, row_tokens=None, part_tokens=6400):
     """K prompts, lists of token ids -> a list of Parts, the prompts in their order. row_tokens:
     how many branch tokens a row holds, part_tokens: how many tokens a Part holds, if no single
     branch or row is longer."""
