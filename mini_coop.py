@@ -76,7 +76,7 @@ class CoOp(torch.nn.Module):
 
     A unified context serves other class names, too, in a CoOp of equal n_ctx and class_position:
     `new.load_state_dict(coop.state_dict())`. For a method of your own override `loss` or `forward`;
-    `fit` trains every parameter of the subclass.
+    `fit` trains every parameter of the subclass. Its `history_` has loss, accuracy and lr by epoch.
     """
 
     def __init__(self, model, classnames, n_ctx=16, class_specific=False, class_position="end",
@@ -158,7 +158,7 @@ class CoOp(torch.nn.Module):
         image_features: (N, E), or (N, A, E) to take a random view of each image in each epoch.
         labels: (N,) integers. epochs: None takes n_epochs(images of the largest class). optimizer:
         your own, in place of SGD with `lr`; its rates follow the same schedule. progress: a bar, or
-        None for one in a terminal only. Sets `history_`, the loss, accuracy and lr of every epoch.
+        None for one in a terminal only. RuntimeError says that the training diverged.
         """
         x = self._features(image_features, dims=(2, 3))
         N = len(x)
@@ -172,7 +172,7 @@ class CoOp(torch.nn.Module):
         elif not {*self.parameters()} & {*optimizer.param_groups[0]["params"]}:
             raise ValueError("the optimizer is of other parameters than coop.parameters()")
         generator = torch.Generator().manual_seed(self.seed)  # the same order on every device
-        self.history_ = {"loss": [], "accuracy": [], "lr": []}
+        self.history_ = {"loss": [], "accuracy": [], "lr": []}  # of every epoch, on its batches
         self.train()  # matters to subclasses with dropout
         hide = None if progress is None else not progress
         for epoch in tqdm(range(epochs), "learning the context", disable=hide):
@@ -400,14 +400,15 @@ def token_ids(text):
 
 def check_names(classnames):
     """Class names as a list; warns of equal ones, which a unified context cannot tell apart."""
-    if isinstance(classnames, (str, dict, set, frozenset)) or not len(classnames):
+    names = list(classnames)
+    if isinstance(classnames, (str, dict, set, frozenset)) or not names:
         raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
-    for name in classnames:
+    for name in names:
         # bytes of an unknown coding, in a folder's name, are surrogates in Python
         is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)
         if not is_text or not token_ids(name):
             raise ValueError(f"class names are a list of texts, none of them {name!r}")
-    names = [str(name) for name in classnames]  # `load` would refuse NumPy's strings
+    names = [str(name) for name in names]  # `load` would refuse NumPy's strings
     groups = {}  # token ids -> the names that have them
     for name in names:
         groups.setdefault(tuple(token_ids(name)), []).append(name)
