@@ -48,15 +48,20 @@ def choose(task):
 
 def kept(task, **setting):
     """The main job's Results of a data set, or None if it did not run: of the paper's setting, or
-    with another n_ctx, class_position, ctx_init ... Of your own runs, those in
-    <$MINI_COOP_RUNS, else the clone's runs>/<model>_<data set>/results.jsonl."""
+    with another n_ctx, class_position, ctx_init ... Of your own runs, in <$MINI_COOP_RUNS, else the
+    clone's runs>/<model>_<data set>/results.jsonl, those of the last setting."""
     model, _, built_in = settings()
     data = load_dataset(task)
     runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs")).expanduser()
     own = runs / f"{report.folder_name(model)}_{data.name}/results.jsonl"
     lines = report.read_lines(DATA / "results.jsonl" if built_in else own)
+    learned = [line for line in lines if line["method"] == "CoOp unified"]
+    if not learned:
+        return None
+    if not built_in:
+        setting = {**{key: learned[-1][key] for key in report.RECIPE}, **setting}
     lines = report.select(lines, data=data.name, model=model, **setting)
-    return report.Results(lines, data.template, 100 / len(data.classnames)) if lines else None
+    return report.Results(lines, data.template, 100 / len(data.classnames))
 
 
 def all_kept():
