@@ -5,16 +5,15 @@ on the values. The published way is tests/reference.py, 77 tokens for every clas
 images in every step; float32 on a CPU, float16 on CUDA. Not a test: all that is asserted is that
 both ways give the same gradient.
 
-On two AVX-512 cores of a virtual machine, torch 2.14.1, November 2026 (published / ours):
+On two cores of a virtual machine on a busy host, torch 2.14.1, November 2026 (published / ours):
 
     text step, both passes           seconds             memory in MB
-    100 classes, unified             14.2 / 0.64 = 22.3      3871 / 242   = 16.0
-    100 classes, class-specific      14.9 / 3.16 =  4.7      3970 / 1108  =  3.6
-    1000 classes, unified             144 / 7.10 = 20.4     44909*/ 2200  = 20.4
-    (* computed: ten slices of 100 classes, as 1000 do not fit)
+    100 classes, unified             27.4 / 0.88 = 31.0      3824 / 242   = 15.8
+    100 classes, class-specific      19.8 / 4.37 =  4.5      3845 / 1101  =  3.5
+    1000 classes, unified             197 / 11.2 = 17.6     (ours in a run of its own)
 
-The cores were slow that day; runs differ by a tenth. One step with 1000 class-specific prompts
-alone took 106 seconds beside other work, and 3013 MB.
+In quieter runs on AVX-512 cores the ratios were 22 to 28, 4.7 to 5.7 and 20 to 22. With 2000
+unified classes Parts of 6400 tokens take 3978 MB, Parts of 3200 tokens 1914 MB.
 """
 import argparse
 import copy
