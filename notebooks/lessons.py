@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, pstdev, stdev
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,44 +30,63 @@ plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9
 
 # ---------------------------------------------------------------- CLIP, data, kept results
 
-def settings(clip=None, data=None):
-    """-> (the CLIP's name, the data sets' names, whether both are the built-in ones). What is not
-    given comes from the environment."""
-    given = {"MINI_COOP_MODEL": clip, "MINI_COOP_DATA": data}
-    os.environ.update({key: value for key, value in given.items() if value})
-    model = os.environ.get("MINI_COOP_MODEL", MODEL)
-    tasks = os.environ.get("MINI_COOP_DATA", TASKS)
-    built_in = (model, tasks) == (MODEL, TASKS) and "MINI_COOP_RUNS" not in os.environ
-    return model, tasks.split(), built_in
+YOURS = {}  # what stands in the place of the built-in CLIP and tasks
 
 
-def choose(task):
-    """The built-in task of a lesson, or the first data set of yours."""
-    return task if settings()[2] else settings()[1][0]
+def switch(*tasks, clip=None, data=None):
+    """-> the CLIP's name and a lesson's data sets: `tasks`, or yours in their places (where you
+    have fewer, the first one again). clip: a name or path; data: a list of names or paths. What is
+    not given comes from MINI_COOP_MODEL and MINI_COOP_DATA."""
+    data = [data] if isinstance(data, str) else data
+    YOURS["clip"] = clip or os.environ.get("MINI_COOP_MODEL", MODEL)
+    YOURS["data"] = data or os.environ.get("MINI_COOP_DATA", "").split()
+    own = YOURS["data"]
+    names = [own[i] if i < len(own) else own[0] for i in range(len(tasks))] if own else tasks
+    return YOURS["clip"], *names
+
+
+def all_tasks():
+    """The seven tasks, or your data sets."""
+    return YOURS["data"] or TASKS.split()
+
+
+def built_in():
+    """Whether CLIP, data and kept results are ours, so that the checks of a lesson hold."""
+    return YOURS["clip"] == MODEL and not YOURS["data"] and "MINI_COOP_RUNS" not in os.environ
 
 
 def kept(task, **setting):
     """The main job's Results of a data set, or None if it did not run: of the paper's setting, or
     with another n_ctx, class_position, ctx_init ... Of your own runs, in <$MINI_COOP_RUNS, else the
     clone's runs>/<model>_<data set>/results.jsonl, those of the last setting."""
-    model, _, built_in = settings()
     data = load_dataset(task)
     runs = Path(os.environ.get("MINI_COOP_RUNS", DATA.parent / "runs")).expanduser()
-    own = runs / f"{report.folder_name(model)}_{data.name}/results.jsonl"
-    lines = report.read_lines(DATA / "results.jsonl" if built_in else own)
+    own = runs / f"{report.folder_name(YOURS['clip'])}_{data.name}/results.jsonl"
+    lines = report.read_lines(DATA / "results.jsonl" if built_in() else own)
     learned = [line for line in lines if line["method"] == "CoOp unified"]
     if not learned:
+        print(f"no kept results of {task}: first run the main job (notebooks/README.md)")
         return None
-    if not built_in:
+    if not built_in():
         setting = {**{key: learned[-1][key] for key in report.RECIPE}, **setting}
-    lines = report.select(lines, data=data.name, model=model, **setting)
+    lines = report.select(lines, data=data.name, model=YOURS["clip"], **setting)
     return report.Results(lines, data.template, 100 / len(data.classnames))
 
 
 def all_kept():
     """{task: Results} of all tasks that the main job ran."""
-    results = {Path(task).name: kept(task) for task in settings()[1]}
+    results = {Path(task).name: kept(task) for task in all_tasks()}
     return {task: result for task, result in results.items() if result}
+
+
+def validation(few):
+    """The validation images of a few-shot sample; where there are none, its training images, and
+    the output says so."""
+    if few.val.images:
+        print(f"chosen on {len(few.val.images)} validation images")
+        return few.val
+    print(f"NO VALIDATION IMAGES: chosen on the {len(few.train.images)} training images")
+    return few.train
 
 
 def mean_of(results, method, shots, split="test"):
@@ -85,12 +104,58 @@ def standard_error(accuracy, n):
     return math.sqrt(accuracy * (100 - accuracy) / n)
 
 
+def gap(ours, theirs):
+    """Mean difference of two lists of accuracies, seed by seed, and its standard error."""
+    differences = [a - b for a, b in zip(ours, theirs)]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return mean(differences), error
+
+
+def gaps(results, method, other, shots=(1, 4, 16)):
+    """{task: {shots: gap}} of a method minus another one, or minus "zero-shot" (the template)."""
+    rows = {}
+    for task, result in results.items():
+        rows[task] = {}
+        for n in shots:
+            ours = result.accuracies(method, n)
+            theirs = result.accuracies(other, n)
+            if other == "zero-shot":
+                theirs = [result.zero_shot()] * len(ours)
+            if ours and theirs:
+                rows[task][n] = gap(ours, theirs)
+    return rows
+
+
 def table(rows, columns, width=10, first=30):
-    """Prints rows {name: values} under their columns; an empty place for None."""
+    """Prints rows {name: cells} under their columns. A cell is a number, a text, None (empty) or a
+    list with an accuracy per seed, shown as mean ± standard deviation."""
     print(" " * first + "".join(f"{column:>{width}}" for column in columns))
-    for name, values in rows.items():
-        cells = ["" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in values]
-        print(f"{name:{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    for name, cells in rows.items():
+        texts = []
+        for cell in cells:
+            if isinstance(cell, (list, tuple)):
+                cell = report.format_mean(cell)
+            texts.append("" if cell is None else cell if isinstance(cell, str) else f"{cell:.1f}")
+        print(f"{name:{first}}" + "".join(f"{text:>{width}}" for text in texts))
+
+
+def variants(shots):
+    """Prints kept accuracies of unified contexts with another position, M or start, for the tasks
+    where they were run."""
+    settings = {"end, M = 16": {}, "middle, M = 16": {"class_position": "middle"},
+                "front, M = 16": {"class_position": "front"}, "end, M = 4": {"n_ctx": 4},
+                "end, from words": {"ctx_init": "an icon of a"}}
+    rows = {name: [] for name in settings}
+    tasks = []
+    for task in all_tasks():
+        if not kept(task) or not kept(task, n_ctx=4).accuracies("CoOp unified", shots):
+            continue
+        tasks.append(task)
+        for name, setting in settings.items():
+            if setting.get("ctx_init") and task == "favicons":
+                setting = {"ctx_init": "a pixel art"}
+            rows[name].append(kept(task, **setting).accuracies("CoOp unified", shots))
+    table(rows, tasks, width=14, first=18)
 
 
 def nearest_words(coop, k):
@@ -175,8 +240,10 @@ def guess(image, names, probabilities, title=""):
                                       width_ratios=(1, 3))
     left.imshow(open_image(image))
     left.axis("off")
-    right.barh([names[k] for k in order], np.asarray(probabilities)[order], color=BLUE)
-    right.set(xlim=(0, 1), xlabel="probability", title=title)
+    right.barh(range(len(order)), np.asarray(probabilities)[order], color=BLUE)
+    right.set_yticks(range(len(order)), [names[k] for k in order], parse_math=False)
+    right.set(xlim=(0, 1), xlabel="probability")
+    right.set_title(title, parse_math=False)
     right.invert_yaxis()
     finish(fig)
 
@@ -262,11 +329,15 @@ def draw_tree(tokens, position, visible):
 
 # ---------------------------------------------------------------- figures: results
 
-def over_shots(results, methods=report.METHODS, average=True, paper=False):
+MARKS = ("o", "s", "^", "D", "v", "X")
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the eye tells them apart
+
+
+def over_shots(results, methods=report.METHODS, paper=False):
     """The paper's figure: panels for the average, for the paper's own and for each task."""
-    panels = {}
-    if average:
-        panels[f"average of these {len(results)}"] = report.average(list(results.values()))
+    if not results:
+        return
+    panels = {f"average of these {len(results)}": report.average(list(results.values()))}
     if paper:
         panels["the paper's average"] = papers_average()
     finish(report.over_shots({**panels, **results}, methods))
@@ -275,6 +346,88 @@ def over_shots(results, methods=report.METHODS, average=True, paper=False):
 def papers_average():
     """The paper's average over its eleven data sets (RN50, M = 16), as Results."""
     return report.average(list(report.papers().values()))
+
+
+def dots(rows, lines):
+    """One row {name: accuracies, one per seed} of dots each; vertical lines {name: accuracy}."""
+    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.4 * len(rows)), layout="constrained")
+    for y, values in enumerate(rows.values()):
+        ax.plot(values, [y] * len(values), "o", color=ORANGE, ms=7, mfc="none")
+        ax.plot(sum(values) / len(values), y, "|", color="black", ms=18)
+    for (name, value), style in zip(lines.items(), ("--", ":", "-.")):
+        ax.axvline(value, color="black", lw=1, ls=style, label=name)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="test accuracy, % (one dot per seed, | their mean)")
+    fig.legend(loc="outside right upper")
+    finish(fig)
+
+
+def gap_dots(rows, xlabel):
+    """One row per task of differences in points; rows: {task: {shots: (mean, standard error)}}.
+    Bars are two standard errors to each side: one that crosses zero leaves it undecided."""
+    fig, ax = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)), layout="constrained")
+    shots = list(dict.fromkeys(n for row in rows.values() for n in row))
+    for i, n in enumerate(shots):
+        y = [k + 0.25 * (i - (len(shots) - 1) / 2) for k, row in enumerate(rows.values()) if n in row]
+        mine = [row[n] for row in rows.values() if n in row]
+        ax.errorbar([m for m, _ in mine], y, xerr=[2 * error for _, error in mine], fmt=MARKS[i],
+                    color=COLOURS[i], capsize=2, ms=6, label=f"{n} label{'s' * (n > 1)} per class")
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(alpha=0.3, axis="x")
+    if rows:
+        fig.legend(loc="outside right upper")
+        finish(fig)
+
+
+def train_and_test(forms):
+    """Accuracy on training and test images over shots, a panel per form.
+    forms: {name: {shots: (training accuracies, test accuracies)}}, lists over seeds."""
+    fig, axes = plt.subplots(1, len(forms), figsize=(8.5, 2.9), layout="constrained", sharey=True,
+                             squeeze=False)
+    for ax, (name, over) in zip(axes[0], forms.items()):
+        for i, (images, style) in enumerate((("training images", "s--"), ("test images", "o-"))):
+            values = [both[i] for both in over.values()]
+            ax.errorbar(range(len(over)), list(map(mean, values)), list(map(pstdev, values)),
+                        fmt=style, color=COLOURS[i], capsize=3, label=images)
+        ax.set_xticks(range(len(over)), list(over))
+        ax.set(title=name, xlabel="labels per class", ylim=(0, 101))
+    axes[0, 0].set_ylabel("accuracy, %")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    finish(fig)
+
+
+def source_and_shifts(results, variants, shots, templates):
+    """Accuracy on the source across, mean over the domains up. variants: {name: (Results, method)};
+    a point per number of shots {n: text}, with standard deviations over seeds; templates: crosses."""
+    splits = [name for name in (results.lines[0]["accuracy"] if results else {})
+              if name not in ("test", "outline")]  # "outline" is the source's own style
+    if not splits:
+        print("no domains to show")
+        return
+
+    def place(results, method, n):  # two lists over seeds
+        values = [results.accuracies(method, n, split) for split in splits]
+        return results.accuracies(method, n), [mean(v) for v in zip(*values)]
+
+    fig, ax = plt.subplots(figsize=(8.5, 4), layout="constrained")
+    for i, (name, (own, method)) in enumerate(variants.items()):
+        for n in shots if method in report.METHODS else [None]:
+            x, y = place(own, method, n) if own else ([], [])
+            if x:
+                ax.errorbar(mean(x), mean(y), pstdev(y), pstdev(x), fmt=MARKS[i], capsize=2, ms=7,
+                            color=COLOURS[i], label=name if n in (None, *list(shots)[:1]) else None)
+                if n:
+                    ax.annotate(shots[n], (mean(x), mean(y)), xytext=(5, 4),
+                                textcoords="offset points", fontsize=9)
+    for template, mark in zip(templates, ("kx", "k+")):
+        x, y = place(results._replace(template=template), "zero-shot", None)
+        ax.plot(x, y, mark, ms=10, mew=2, label=f"“{template}”")
+    ax.set(xlabel="accuracy on the source's test images, %", ylabel="mean over the styles, %")
+    ax.grid(alpha=0.3)
+    fig.legend(loc="outside right upper")
+    finish(fig)
 
 
 def training(history, K):
@@ -310,11 +463,10 @@ def distance_dots(points, hand_written):
     """Accuracy on base and new classes over the distance from the hand-written text features.
     points: {weight: [(distance, base %, new %), ...]}; hand_written: (base %, new %)."""
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained", sharey=True)
-    marks = ("C0o", "C1s", "C2D", "C4^", "C5v", "C9X")
     for i, (ax, title) in enumerate(zip(axes, ("base classes", "new classes"))):
-        for mark, (weight, runs) in zip(marks, points.items()):
-            values = [run[1 + i] for run in runs]
-            ax.plot([run[0] for run in runs], values, mark, ms=7, label=f"weight {weight}")
+        for mark, colour, (weight, runs) in zip(MARKS, COLOURS, points.items()):
+            ax.plot([run[0] for run in runs], [run[1 + i] for run in runs], mark, ms=7, mfc="none",
+                    color=colour, label=f"weight {weight}")
         ax.axhline(hand_written[i], color="black", ls="--", lw=0.8, label="hand-written")
         ax.set(title=title, xlabel="distance from the hand-written features")
     axes[0].set_ylabel("test accuracy, %")

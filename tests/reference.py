@@ -1,4 +1,4 @@
-"""The published way to encode CoOp's prompts, shared by tests, the benchmark and notebook 2.
+"""The published way to encode CoOp's prompts, shared by tests, the benchmark and lesson 2.
 
 Written from the paper: 77 tokens for every class, every class on its own, CLIP's own transformer
 and its own mask. Slow, and easy to check against section 3.2.

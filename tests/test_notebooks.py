@@ -1,6 +1,8 @@
-"""The notebooks beside nbval: house rules, exercises, a run with another CLIP and data set."""
-
+"""The notebooks beside nbval: house rules, the cut, a copy that is handed out, other data."""
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 import nbformat
@@ -15,56 +17,99 @@ import mini_coop
 
 NOTEBOOKS = mini_coop.DATA.parent / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("0*.ipynb"))
-SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("0*.ipynb"))
+WHOLE = sorted((NOTEBOOKS / "solutions").glob("0*.ipynb"))
 sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "solutions")]
 import lessons  # noqa: E402
 
+in_repository = pytest.mark.skipif(not WHOLE, reason="handed out without solutions")
 
-@pytest.mark.skipif(not SOLUTIONS, reason="handed out without solutions")
-def test_exercises_are_cut_out_of_their_solutions(tmp_path, monkeypatch):
+
+@in_repository
+def test_lessons_are_cut_out_of_the_whole_ones(tmp_path, monkeypatch):
     import cut
-    assert [p.name for p in LESSONS] == [p.name for p in SOLUTIONS] and len(LESSONS) == 6
+    assert [p.name for p in LESSONS] == [p.name for p in WHOLE] and len(WHOLE) == 7
     assert cut.main(check=True) == []
-    for path in SOLUTIONS:
-        cells = nbformat.read(path, 4).cells
-        assert sum(cell.source.startswith("### Exercise") for cell in cells) >= 3
-        assert any(cell.source.startswith("### Open questions") for cell in cells)
-    # filled-in answers are not overwritten
     monkeypatch.setattr(cut, "HERE", tmp_path / "solutions")
     (tmp_path / "solutions").mkdir()
-    for folder, answer in (("solutions", "x = 1"), (".", "x = 2")):
-        cell = nbformat.v4.new_code_cell(f"x = None\n{cut.MARK}\n{answer}",
-                                         metadata={"tags": ["exercise"]})
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / folder / "1.ipynb")
-    with pytest.raises(SystemExit, match="has answers below the mark"):
+    shutil.copy(WHOLE[1], tmp_path / "solutions")
+    assert cut.main(check=False) == [WHOLE[1].name]
+    path = tmp_path / WHOLE[1].name
+    assert "BEGIN SOLUTION" not in path.read_text()
+    lesson = nbformat.read(path, 4)
+    cut.tagged(lesson, "answer")[0].source += "\nx = 1"  # a student's answer turns nothing red
+    nbformat.write(lesson, path)
+    assert cut.main(check=True) == []
+    for cell in lesson.cells:  # nor do cleared outputs
+        cell.outputs = []
+    nbformat.write(lesson, path)
+    assert cut.main(check=True) == []
+    lesson.cells[0].source += " another text"
+    nbformat.write(lesson, path)
+    assert cut.main(check=True) == [WHOLE[1].name]
+    with pytest.raises(SystemExit, match="has other answers"):  # and no answer is lost
         cut.main(check=False)
-    assert "x = 2" in (tmp_path / "1.ipynb").read_text()
+    assert "x = 1" in path.read_text()
 
 
 def has_figure(cell):
     return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
 
 
-@pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@in_repository
+@pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
 def test_house_rules(path):
-    assert path.stat().st_size < 250 * 1024  # the house contract
-    cells = nbformat.read(path, 4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
+    import cut
+    whole = nbformat.read(path, 4)
+    code = [cell for cell in whole.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # in order
     for cell in code:
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
             assert not any("widget" in kind for kind in output.get("data", {}))  # raw on the web
         assert len(cell.source.splitlines()) <= 25
-    if path in LESSONS:
-        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-        assert text.count("**Predict before you run.**") >= 2
-        assert "## In this notebook we have" in text
-        assert "**You will learn**" in text
-        # every figure is followed by its description, behind the live control where there is one
-        for i, cell in enumerate(cells):
-            if has_figure(cell):
-                assert any("*Figure:" in c.source for c in cells[i + 1 : i + 3]), cell.source
+    # what nbgrader needs: every answer has its check
+    kinds = [cell.metadata.nbgrader.grade_id.split("-")[0] for cell in whole.cells
+             if "nbgrader" in cell.metadata]
+    assert kinds[:2] == ["answer", "check"] and kinds.count("answer") == kinds.count("check") >= 3
+    assert kinds[-1] == "open"
+
+    lesson = cut.cut(whole)
+    cells = lesson.cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert len(code) <= 20 and len(text.split()) <= 1300
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    numbers = re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w])", prose)
+    assert len(numbers) <= 0.02 * len(prose.split())
+    for paragraph in re.split(r"\n\s*\n", prose):
+        assert len(paragraph.split()) <= 80 or paragraph.startswith((">", "-")), paragraph
+    assert text.count("**Predict before you run.**") >= 2 and "**You will learn**" in text
+    # the switch in the first cell, the claims in the last, nothing of them between
+    assert "lessons.switch(" in code[0].source and code[-1].source.startswith("# Checks of this")
+    for cell in code[1:-1]:
+        if not cell.metadata.get("tags") == ["check"]:
+            assert "environ" not in cell.source and "if lessons.built_in" not in cell.source
+    for i, cell in enumerate(cells):
+        if has_figure(cell):  # a figure is followed by its description
+            assert any("*Figure:" in c.source for c in cells[i + 1:i + 3]), cell.source
+    assert path.stat().st_size < 250 * 1024
+
+
+@in_repository
+def test_a_copy_is_handed_out(tmp_path):
+    """The two lines of notebooks/README.md clear the copy and leave the clone as it is."""
+    text = (NOTEBOOKS / "README.md").read_text()
+    lines = re.search(r"## Handing out\n.*?\n((?:    .*\n)+)", text, re.DOTALL)[1]
+    before = [path.read_bytes() for path in LESSONS]
+    bin_folder = os.path.dirname(sys.executable)
+    subprocess.run(["bash", "-ec", lines.replace("/tmp", str(tmp_path))], check=True,
+                   cwd=NOTEBOOKS.parent, env={**os.environ, "PATH": f"{bin_folder}:/usr/bin:/bin"})
+    copy = tmp_path / "mini-coop/notebooks"
+    assert [path.read_bytes() for path in LESSONS] == before and not (copy / "solutions").exists()
+    handed_out = sorted(copy.glob("0*.ipynb"))
+    assert [path.name for path in handed_out] == [path.name for path in LESSONS]
+    for path in handed_out:
+        assert not any(cell.get("outputs") for cell in nbformat.read(path, 4).cells)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +142,14 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_settings_at_the_top_of_a_notebook(monkeypatch):
+def test_the_switch_at_the_top_of_a_lesson(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    assert lessons.settings() == ("mini", lessons.TASKS.split(), True)
-    assert lessons.settings("a.pt", "a/photos dtd") == ("a.pt", ["a/photos", "dtd"], False)
-    assert lessons.choose("objects") == "a/photos"
+    assert lessons.switch("styles", "objects") == ("mini", "styles", "objects")
+    assert lessons.built_in() and lessons.all_tasks() == lessons.TASKS.split()
+    own = lessons.switch("styles", "objects", "things", clip="a.pt", data=["my photos", "dtd"])
+    assert own == ("a.pt", "my photos", "dtd", "my photos") and not lessons.built_in()
+    assert lessons.switch("styles", data="my photos") == ("mini", "my photos")
+    assert lessons.all_tasks() == ["my photos"]
 
 
 def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):

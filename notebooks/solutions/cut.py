@@ -1,57 +1,82 @@
-"""Cuts the exercises of every lesson out of its solutions, so that the two cannot drift."""
+"""Writes the lessons: each is the whole lesson beside this file without its answers.
+
+    python cut.py            writes them; refuses where one has answers of its own
+    python cut.py --check    names those that differ, and fails
+"""
 import argparse
+import copy
+import re
 import sys
 from pathlib import Path
 
 import nbformat
 
-MARK = "# your lines below"
 HERE = Path(__file__).resolve().parent
+ANSWER = re.compile(r"^### BEGIN SOLUTION\n.*?^### END SOLUTION", re.DOTALL | re.MULTILINE)
+STUB = {"code": "# your lines here", "markdown": "*Your answer here.*"}
 
 
-def tagged(cell):
-    """Whether the cell belongs to an exercise."""
-    return "exercise" in cell.metadata.get("tags", [])
+def cut(whole):
+    """A whole lesson -> the lesson: no answers, no outputs of their cells."""
+    lesson = copy.deepcopy(whole)
+    lesson.cells = [cell for cell in lesson.cells if "whole" not in cell.metadata.get("tags", [])]
+    count = 0
+    for cell in lesson.cells:
+        exercise = cell.metadata.pop("nbgrader", None)  # an answer, or the check of one
+        if exercise:
+            cell.metadata["tags"] = ["answer" if exercise["solution"] else "check"]
+            cell.source = ANSWER.sub(STUB[cell.cell_type], cell.source)
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = None if exercise else count
+            cell.outputs = [] if exercise else cell.outputs
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+    return lesson
 
 
-def cut(solutions):
-    """The exercise cells of a solutions notebook, without what stands below the mark."""
-    cells = []
-    for cell in filter(tagged, solutions.cells):
-        above, mark, _ = cell.source.partition(MARK)
-        new_cell = nbformat.v4.new_code_cell
-        if cell.cell_type == "markdown":
-            new_cell = nbformat.v4.new_markdown_cell
-        name = f"exercise-{len(cells)}"
-        cells.append(new_cell(above + mark, id=name, metadata={"tags": ["exercise"]}))
-    return cells
+def tagged(lesson, tag):
+    return [cell for cell in lesson.cells if tag in cell.metadata.get("tags", [])]
+
+
+def same(lesson, new):
+    """Whether a lesson is `new`, but for answers that somebody filled in, and for outputs where
+    somebody cleared or ran it."""
+    for cell, right in zip(lesson.cells, new.cells):
+        is_answer = "answer" in right.metadata.get("tags", [])
+        if cell.cell_type != right.cell_type or (cell.source != right.source and not is_answer):
+            return False
+    outputs = [cell.get("outputs") for cell in lesson.cells]
+    own_run = any(cell.get("execution_count") for cell in tagged(lesson, "check"))
+    return len(lesson.cells) == len(new.cells) and (
+        own_run or not any(outputs) or outputs == [cell.get("outputs") for cell in new.cells])
 
 
 def main(check):
-    """Names of the lessons that differ from their solutions; they are rewritten unless `check`."""
-    drifted = []
-    for path in sorted(HERE.glob("*.ipynb")):
-        lesson_path = HERE.parent / path.name
-        lesson = nbformat.read(lesson_path, 4)
+    """Names of the lessons that differ from their cut; they are written unless `check`."""
+    differ = []
+    for path in sorted(HERE.glob("0*.ipynb")):
         new = cut(nbformat.read(path, 4))
-        old = [i for i, cell in enumerate(lesson.cells) if tagged(cell)]
-        if [lesson.cells[i].source for i in old] == [cell.source for cell in new]:
-            continue
-        drifted.append(path.name)
-        if check:
-            continue
-        if any(lesson.cells[i].source.partition(MARK)[2].strip() for i in old):
-            sys.exit(f"{lesson_path} has answers below the mark: move it away, or empty them")
-        lesson.cells[old[0] : old[-1] + 1] = new
-        nbformat.write(lesson, lesson_path)
-    return drifted
+        target = HERE.parent / path.name
+        if target.exists():
+            old = nbformat.read(target, 4)
+            if same(old, new):
+                continue
+            stubs = {cell.source for cell in tagged(new, "answer")}
+            if not check and {cell.source for cell in tagged(old, "answer")} - stubs:
+                sys.exit(f"{target} has other answers: move it away first")
+        differ.append(path.name)
+        if not check:
+            nbformat.write(new, target)
+    return differ
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare; fail where they differ")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
-    if drifted := main(args.check):
-        what = "differ from their solutions" if args.check else "cut anew, run them again"
-        print(f"{what}: {', '.join(drifted)}")
+    if differ := main(args.check):
+        print(f"{'differ from their cut' if args.check else 'written'}: {', '.join(differ)}")
         sys.exit(args.check)
