@@ -368,7 +368,8 @@ def gap_dots(rows, xlabel):
     fig, ax = plt.subplots(figsize=(8, 0.9 + 0.45 * len(rows)), layout="constrained")
     shots = list(dict.fromkeys(n for row in rows.values() for n in row))
     for i, n in enumerate(shots):
-        y = [k + 0.25 * (i - (len(shots) - 1) / 2) for k, row in enumerate(rows.values()) if n in row]
+        below = 0.25 * (i - (len(shots) - 1) / 2)  # so that the marks of a row stand apart
+        y = [k + below for k, row in enumerate(rows.values()) if n in row]
         mine = [row[n] for row in rows.values() if n in row]
         ax.errorbar([m for m, _ in mine], y, xerr=[2 * error for _, error in mine], fmt=MARKS[i],
                     color=COLOURS[i], capsize=2, ms=6, label=f"{n} label{'s' * (n > 1)} per class")
@@ -399,8 +400,9 @@ def train_and_test(forms):
 
 
 def source_and_shifts(results, variants, shots, templates):
-    """Accuracy on the source across, mean over the domains up. variants: {name: (Results, method)};
-    a point per number of shots {n: text}, with standard deviations over seeds; templates: crosses."""
+    """Accuracy on the source across, mean over the domains up: a point per variant {name: (Results,
+    method)} and number of shots {n: text}, with standard deviations over seeds; templates as
+    crosses."""
     splits = [name for name in (results.lines[0]["accuracy"] if results else {})
               if name not in ("test", "outline")]  # "outline" is the source's own style
     if not splits:
@@ -461,12 +463,12 @@ def over_C(coarse, fine, chosen, sizes):
 
 def distance_dots(points, hand_written):
     """Accuracy on base and new classes over the distance from the hand-written text features.
-    points: {weight: [(distance, base %, new %), ...]}; hand_written: (base %, new %)."""
+    points: {name: [(distance, base %, new %), ...]}; hand_written: (base %, new %)."""
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained", sharey=True)
     for i, (ax, title) in enumerate(zip(axes, ("base classes", "new classes"))):
-        for mark, colour, (weight, runs) in zip(MARKS, COLOURS, points.items()):
+        for mark, colour, (name, runs) in zip(MARKS, COLOURS, points.items()):
             ax.plot([run[0] for run in runs], [run[1 + i] for run in runs], mark, ms=7, mfc="none",
-                    color=colour, label=f"weight {weight}")
+                    color=colour, label=name)
         ax.axhline(hand_written[i], color="black", ls="--", lw=0.8, label="hand-written")
         ax.set(title=title, xlabel="distance from the hand-written features")
     axes[0].set_ylabel("test accuracy, %")

@@ -99,7 +99,7 @@ def test_house_rules(path):
 def test_a_copy_is_handed_out(tmp_path):
     """The two lines of notebooks/README.md clear the copy and leave the clone as it is."""
     text = (NOTEBOOKS / "README.md").read_text()
-    lines = re.search(r"## Handing out\n.*?\n((?:    .*\n)+)", text, re.DOTALL)[1]
+    lines = "\n".join(re.findall("^    (.*)", text.split("## Handing out")[1], re.MULTILINE)[:2])
     before = [path.read_bytes() for path in LESSONS]
     bin_folder = os.path.dirname(sys.executable)
     subprocess.run(["bash", "-ec", lines.replace("/tmp", str(tmp_path))], check=True,
@@ -138,6 +138,9 @@ def test_another_clip_and_data_set(path, another, tmp_path, monkeypatch):
     for name, value in another.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        if "answer" in cell.metadata.get("tags", []):  # a student's is for our data
+            cell.source = cell.source.split("# your lines here")[0]
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert os.listdir(tmp_path) == []
 

@@ -16,13 +16,19 @@ ANSWER = re.compile(r"^### BEGIN SOLUTION\n.*?^### END SOLUTION", re.DOTALL | re
 STUB = {"code": "# your lines here", "markdown": "*Your answer here.*"}
 
 
+def tagged(lesson, tag):
+    return [cell for cell in lesson.cells if tag in cell.metadata.get("tags", [])]
+
+
 def cut(whole):
     """A whole lesson -> the lesson: no answers, no outputs of their cells."""
     lesson = copy.deepcopy(whole)
-    lesson.cells = [cell for cell in lesson.cells if "whole" not in cell.metadata.get("tags", [])]
+    whole_only = tagged(lesson, "whole")
+    lesson.cells = [cell for cell in lesson.cells if cell not in whole_only]
     count = 0
     for cell in lesson.cells:
-        exercise = cell.metadata.pop("nbgrader", None)  # an answer, or the check of one
+        exercise = cell.metadata.get("nbgrader")  # an answer, or the check of one
+        cell.metadata = {}  # no tag of nbval either: outputs may be cleared in a copy
         if exercise:
             cell.metadata["tags"] = ["answer" if exercise["solution"] else "check"]
             cell.source = ANSWER.sub(STUB[cell.cell_type], cell.source)
@@ -34,10 +40,6 @@ def cut(whole):
                 if output.output_type == "execute_result":
                     output.execution_count = count
     return lesson
-
-
-def tagged(lesson, tag):
-    return [cell for cell in lesson.cells if tag in cell.metadata.get("tags", [])]
 
 
 def same(lesson, new):
