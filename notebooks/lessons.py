@@ -89,11 +89,6 @@ def validation(few):
     return few.train
 
 
-def mean_of(results, method, shots, split="test"):
-    """A method's accuracy in %, mean over seeds."""
-    return mean(results.accuracies(method, shots, split))
-
-
 def accuracy(scores, labels):
     """% of the rows of scores (N, K) that are largest at their label."""
     return 100 * (scores.argmax(1) == labels).float().mean().item()
