@@ -30,7 +30,7 @@ plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9
 
 # ---------------------------------------------------------------- CLIP, data, kept results
 
-YOURS = {}  # what stands in the place of the built-in CLIP and tasks
+YOURS = {"clip": MODEL, "data": []}  # what stands in the place of the built-in CLIP and tasks
 
 
 def switch(*tasks, clip=None, data=None):

