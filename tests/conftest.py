@@ -8,7 +8,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: not all cores for 
 import clip.model
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))  # the scripts: grid, prepare
@@ -31,17 +30,13 @@ def mini():
     return mini_coop.load_clip("mini", "cpu")
 
 
-def solvable(E=32, K=4, n=8, seed=0):
-    """Features (K n, E) around K directions, with labels: a task that any classifier can solve."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = F.normalize(torch.randn(K, E, generator=generator), dim=-1)
-    labels = torch.arange(K).repeat_interleave(n)
-    noise = torch.randn(K * n, E, generator=generator)
-    return F.normalize(centres[labels] + 0.05 * noise, dim=-1), labels
-
-
 class Malicious:
     """An object whose pickle runs code: it makes the folder `pwned`."""
 
     def __reduce__(self):
         return (os.mkdir, ("pwned",))
+
+
+@pytest.fixture
+def malicious():
+    return Malicious()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import mini_coop
-from conftest import Malicious
 from mini_coop import CoOp, load_clip
 
 CLIPS = {
@@ -127,14 +126,14 @@ def test_a_checkpoint_of_another_layout_is_named_by_its_keys(tmp_path, content, 
         load_clip(tmp_path / "other.pt")
 
 
-def test_no_code_from_a_file_is_run(tmp_path, monkeypatch):
+def test_no_code_from_a_file_is_run(tmp_path, monkeypatch, malicious):
     monkeypatch.chdir(tmp_path)
     opened = []
     monkeypatch.setattr(torch.jit, "load", lambda *args, **_: opened.append(args))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "script.pt")
-    torch.save({"visual.proj": Malicious()}, "code.pt")
+    torch.save({"visual.proj": malicious}, "code.pt")
     torch.save(torch.zeros(3), "tensor.pt")
     with open("text.pt", "w") as file:
         file.write("no checkpoint")

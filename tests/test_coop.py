@@ -14,13 +14,21 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import mini_coop
-from conftest import Malicious, solvable
 from mini_coop import CoOp, encode_images, learning_rate, linear_probe, load_clip, zero_shot_weights
 from reference import reference_features
 
 NAMES = ["cat", "a_very_long_name of an outdoor apartment building with a swimming pool",
          "Bird (animal)", "T-shirt", "ox", "x-.."]
 FOUR = ["cat", "dog", "ox", "bird"]
+
+
+def solvable(E=32, K=4, n=8, seed=0):
+    """Features (K n, E) around K directions, with labels: a task that any classifier can solve."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(K, E, generator=generator), dim=-1)
+    labels = torch.arange(K).repeat_interleave(n)
+    noise = torch.randn(K * n, E, generator=generator)
+    return F.normalize(centres[labels] + 0.05 * noise, dim=-1), labels
 
 
 # ---------------------------------------------------------------- the text side
@@ -345,7 +353,7 @@ def test_save_and_load(tiny, tmp_path, class_specific):
             CoOp.load(tmp_path / "ctx.pt", tiny[0], "foxhen")
 
 
-def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
+def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch, malicious):
     monkeypatch.chdir(tmp_path)
     CoOp(tiny[0], FOUR, 4).save("ctx.pt")
     other = copy.deepcopy(tiny[0])  # the same projection, another transformer
@@ -358,9 +366,9 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch):
         CoOp.load("program.pt", tiny[0])
     with open("ctx.pt", "r+b") as file:
         file.truncate(2000)
-    torch.save({"clip": Malicious()}, "code.pt")
+    torch.save({"clip": malicious}, "code.pt")
     with open("pickle.pt", "wb") as file:
-        pickle.dump(Malicious(), file)
+        pickle.dump(malicious, file)
     for name in ("ctx.pt", "code.pt", "pickle.pt"):
         with pytest.raises(ValueError, match="dict of plain tensors") as error:
             CoOp.load(name, tiny[0])
