@@ -99,6 +99,11 @@ def standard_error(accuracy, n):
     return math.sqrt(accuracy * (100 - accuracy) / n)
 
 
+def by_seed(result, method, shots):
+    return {line["seed"]: line["accuracy"]["test"] for line in result.lines
+            if (line["method"], line.get("shots")) == (method, shots)}
+
+
 def gap(ours, theirs):
     """Mean difference of two lists of accuracies, seed by seed, and its standard error."""
     differences = [a - b for a, b in zip(ours, theirs)]
@@ -112,12 +117,12 @@ def gaps(results, method, other, shots=(1, 4, 16)):
     for task, result in results.items():
         rows[task] = {}
         for n in shots:
-            ours = result.accuracies(method, n)
-            theirs = result.accuracies(other, n)
+            ours = by_seed(result, method, n)
+            theirs = by_seed(result, other, n)
             if other == "zero-shot":
-                theirs = [result.zero_shot()] * len(ours)
-            if ours and theirs:
-                rows[task][n] = gap(ours, theirs)
+                theirs = dict.fromkeys(ours, result.zero_shot())
+            if both := ours.keys() & theirs.keys():  # the seeds that both were run with
+                rows[task][n] = gap([ours[seed] for seed in both], [theirs[seed] for seed in both])
     return rows
 
 

@@ -155,3 +155,12 @@ def test_an_empty_exercise_is_red_in_strict_mode(monkeypatch, capsys):
     monkeypatch.setenv("MINI_COOP_STRICT", "1")
     with pytest.raises(AssertionError, match="exercise 2 is empty"):
         lessons.answered(2, None)
+
+
+def test_gaps_are_of_seeds_that_both_methods_have():
+    lines = [{"method": "CoOp unified", "shots": 1, "seed": s, "accuracy": {"test": 10.0 * s + 1}}
+             for s in (1, 2, 3)]
+    lines += [{"method": "linear probe", "shots": 1, "seed": s, "accuracy": {"test": 10.0 * s}}
+              for s in (3, 2)]
+    results = {"task": lessons.report.Results(lines, "{}", 50)}
+    assert lessons.gaps(results, "CoOp unified", "linear probe") == {"task": {1: (1.0, 0.0)}}
