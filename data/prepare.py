@@ -9,7 +9,6 @@ The second uses images that are already below --root, in the layout of the publi
 Splits, class names and templates are the paper's. If images are missing, nothing is written.
 The shifts imagenetv2, imagenet_sketch, imagenet_a and imagenet_r become domains of imagenet.
 """
-
 import argparse
 import hashlib
 import json

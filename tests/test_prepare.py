@@ -1,5 +1,4 @@
 """data/prepare.py on small copies of the public data sets: real folders, few and empty images."""
-
 import hashlib
 import io
 import json

@@ -2,7 +2,6 @@
 
     python card.py                      tables and figure of ../results.jsonl, the tasks' picture
     python card.py --runs ../../runs    the same, after taking the lines of the card's commands
-    python card.py --work work          and the table of icon sets
 """
 import argparse
 import json
@@ -10,14 +9,11 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from icons import HERE, read_sets
-from mini_coop import encode_images, load_clip, load_dataset, open_image
+from mini_coop import DATA, encode_images, load_clip, load_dataset, open_image
 
-DATA = HERE.parent
 sys.path.append(str(DATA))
 import report  # noqa: E402
 from grid import TEMPLATES  # noqa: E402
@@ -26,10 +22,9 @@ TASKS = "favicons objects things pixels styles designers actions".split()
 SHIFTED = ["favicon_outlines", "outlines"]
 SHOTS = (1, 2, 4, 8, 16)
 PROBE, UNIFIED, SPECIFIC = report.METHODS
-# in data/README.md and data/LICENSES.md: what stands between a mark and the next is replaced
+# in data/README.md and data/results.md: what stands between these marks is replaced
 RESULTS = "<!-- results: made by data/build/card.py -->\n"
 END = "<!-- end of results -->\n"
-SETS = "<!-- sets: made by card.py -->\n"
 
 
 def collect(runs):
@@ -54,21 +49,6 @@ def kept(task, **setting):
     data = load_dataset(task)
     lines = report.select(report.read_lines(DATA / "results.jsonl"), data=task, **setting)
     return report.Results(lines, data.template, 100 / len(data.classnames))
-
-
-def sets_table(work):
-    """The icon sets as a Markdown table."""
-    lines = [row("set", "version", "used for", "drawings", "licence", "name, author, source"),
-             "|---" * 6 + "|"]
-    for s in read_sets():
-        info = json.loads((work / f"node_modules/@iconify-json/{s['set']}/info.json").read_text())
-        author = info["author"]
-        source = f"[{info['name']}]({author['url']})" if author.get("url") else info["name"]
-        drawn = len(np.load(work / f"drawn/{s['set']}.npz")["names"])
-        role = "tasks" if s["role"] == "held-out" else "pre-training"
-        lines.append(row(s["set"], s["version"], role, str(drawn), info["license"]["spdx"],
-                         f"{source}, {author['name']}"))
-    return "\n".join(lines)
 
 
 def typical(features, labels, k):
@@ -232,26 +212,22 @@ def all_tables():
     return titled(of_card), titled(full)
 
 
-def replaced(path, start, end, text):
-    """Puts a text between two marks of a file."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(start)
-    after = rest[rest.index(end):] if end else ""
-    path.write_text(before + start + text + after, encoding="utf-8")
+def replace(path, tables):
+    """Puts the tables between the marks of a page."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(RESULTS)
+    path.write_text(before + start + tables + rest[rest.index(END):], encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="render.py's folder, for the table of sets")
     parser.add_argument("--runs", type=Path, help="results to take first")
     args = parser.parse_args()
     if args.runs:
         collect(args.runs)
     of_card, full = all_tables()
-    replaced(DATA / "README.md", RESULTS, END, of_card)
-    replaced(DATA / "results.md", RESULTS, END, full)
-    if args.work:
-        replaced(DATA / "LICENSES.md", SETS, "", sets_table(args.work) + "\n")
+    replace(DATA / "README.md", of_card)
+    replace(DATA / "results.md", full)
     results = {task: kept(task) for task in TASKS}
     panels = {"average of seven": report.average(list(results.values())), **results}
     report.over_shots(panels).savefig(DATA / "figures/tasks_over_shots.png", dpi=150)

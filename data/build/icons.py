@@ -2,9 +2,7 @@
 
 Nothing here draws, trains or reads the network; `tests/test_build.py` covers this file.
 """
-
 import csv
-import hashlib
 import random
 import re
 from collections import Counter
@@ -31,19 +29,6 @@ STYLE_WORDS = {
 # Words of variants that the recipe leaves out, except in these two sets.
 DROPPED_WORDS = ("sharp", "24px", "loop", "transition")
 DROPPED_NOT_IN = ("ion", "famicons")
-# The style of a set as a whole.
-SET_STYLES = {
-    **dict.fromkeys(["emojione", "fluent-emoji", "fluent-emoji-flat", "fxemoji", "noto", "noto-v1",
-                     "streamline-emojis", "twemoji", "emojione-monotone",
-                     "fluent-emoji-high-contrast"], "emoji"),
-    **dict.fromkeys(["pixel", "pixelarticons", "streamline-pixel"], "pixel"),
-    "streamline-freehand-color": "sketch",
-    **dict.fromkeys(["icon-park-solid", "bxs", "fa6-solid", "fa7-solid", "uis"], "solid"),
-    **dict.fromkeys(["icon-park-outline", "bx", "fa6-regular", "fa7-regular", "feather", "lucide",
-                     "tabler"], "outline"),
-    **dict.fromkeys(["uit", "simple-line-icons", "mdi-light"], "thin"),
-    **dict.fromkeys(["icon-park-twotone", "uim", "duo-icons"], "two-tone"),
-}
 # Sets that put the style in front of the name; None: the recipe leaves the variant out.
 PREFIX_STYLES = {"ic": {"baseline": "solid", "outline": "outline", "round": "solid", "sharp": None,
                         "twotone": None}}
@@ -59,22 +44,19 @@ BRAND = re.compile(rf"\b({'|'.join(BRANDS)})\b")
 SKIN = re.compile(r"-(light|medium|dark)(-skin-tone)?$|skin-tone")
 
 
-def read_sets(path=HERE / "sets.tsv"):
-    """The rows of sets.tsv: dicts with set, version, role and kind.
-
-    role: "pretrain" or "held-out"; kind: "mono" or "colour".
-    """
-    with open(path, newline="") as file:
+def read_sets():
+    """The rows of sets.tsv: dicts with set, version, role ("pretrain" or "held-out"), kind ("mono"
+    or "colour"), style (of a whole set, where it has one) and family (of sets that show the same
+    drawings in another style)."""
+    with open(HERE / "sets.tsv", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
 # ---------------------------------------------------------------- names
 
 def style_suffixes(names):
-    """The style words that this set really uses as a suffix.
-
-    At least 20 of its icons, or 4 % of them, end in such a word.
-    """
+    """The style words that this set really uses as a suffix. At least 20 of its icons, or 4 % of
+    them, end in such a word."""
     last = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
     least = min(20, max(4, 0.04 * len(names)))
     return {word for word in STYLE_WORDS if last[word] >= least}
@@ -82,9 +64,7 @@ def style_suffixes(names):
 
 def clean_name(prefix, icon, suffixes):
     """('ph', 'umbrella-duotone', {...}) -> ('umbrella', 'two-tone', ''): the name, style and size.
-
-    The style is None for variants that the recipe leaves out, "" where the name tells nothing.
-    """
+    The style is None for variants that the recipe leaves out, "" where the name tells nothing."""
     words = icon.lower().replace("_", "-").split("-")
     style = ""
     size = ""
@@ -107,14 +87,11 @@ def clean_name(prefix, icon, suffixes):
     return re.sub(r"\s+", " ", " ".join(words)).strip(), style, size
 
 
-def select(prefix, icons, brands=()):
-    """The icons of one set that the recipe draws -> list of (icon, name, style).
-
-    One size of each, no brands, no skin tones. icons: icon names in the set's order; brands: those
-    that the set itself files under brands or logos.
-    """
+def select(prefix, icons, brands=(), emoji=False):
+    """The icons of one set that the recipe draws -> list of (icon, name, style). One size of each,
+    no brands, no skin tones of emoji. icons: icon names in the set's order; brands: those that the
+    set itself files under brands or logos."""
     suffixes = style_suffixes(icons)
-    emoji = SET_STYLES.get(prefix) == "emoji"
     best = {}
     for icon in icons:
         name, style, size = clean_name(prefix, icon, suffixes)
@@ -135,27 +112,15 @@ def select(prefix, icons, brands=()):
 # ---------------------------------------------------------------- drawings
 
 def few_colours(picture):
-    """A drawing (64, 64[, 3]) uint8 as a palette image, the form in which the tasks keep it.
-
-    16 grays, or 64 colours.
-    """
+    """A drawing (64, 64[, 3]) uint8 as a palette image, the form in which the tasks keep it. 16
+    grays, or 64 colours."""
     image = Image.fromarray(picture)
     return image.quantize(64 if image.mode == "RGB" else 16, dither=Image.Dither.NONE)
 
 
-def picture_hash(picture):
-    """First 5 bytes of the SHA-256 of a drawing's RGB pixels in few colours.
-
-    That is enough to tell 100,000 drawings apart.
-    """
-    return hashlib.sha256(few_colours(picture).convert("RGB").tobytes()).digest()[:5]
-
-
 def thumbnails(pictures):
-    """(N, 64, 64[, 3]) uint8 -> (N, 256) float32: the gray means of 16 x 16 fields.
-
-    Each row has zero mean and unit norm, so the dot product of two rows is their correlation.
-    """
+    """(N, 64, 64[, 3]) uint8 -> (N, 256) float32: the gray means of 16 x 16 fields. Each row has
+    zero mean and unit norm, so the dot product of two rows is their correlation."""
     gray = pictures.mean(-1) if pictures.ndim == 4 else pictures
     fields = gray.reshape(len(gray), 16, 4, 16, 4)
     small = fields.mean((2, 4), dtype=np.float32).reshape(len(gray), 256)
@@ -164,20 +129,9 @@ def thumbnails(pictures):
     return (small / norm).astype(np.float32)
 
 
-def near_duplicates(a, b, threshold=0.95):
-    """Which rows of `a` correlate above the threshold with any row of `b` -> bool (len(a),).
-
-    Both are thumbnails.
-    """
-    parts = np.array_split(a, max(1, len(a) // 2048))  # to save memory
-    return np.concatenate([(part @ b.T).max(1) > threshold for part in parts])
-
-
 def distinct_groups(thumbs, groups, threshold=0.95, same_group=0.985):
-    """Indices of a subset without near-duplicates; the earlier of each pair is kept.
-
-    Within a group only near-copies (same_group) count.
-    """
+    """Indices of a subset without near-duplicates; the earlier of each pair is kept. Within a group
+    only near-copies (same_group) count."""
     close = thumbs @ thumbs.T
     keep = []
     for i, group in enumerate(groups):
@@ -188,11 +142,9 @@ def distinct_groups(thumbs, groups, threshold=0.95, same_group=0.985):
 
 
 def split_groups(groups, sizes, seed):
-    """Deals whole groups into splits -> {"train": indices, ...}.
-
-    groups: one hashable per drawing; sizes: {"train": 16, ...}. All drawings of one group (the
-    weights and styles of one set's icon) land in one split; the rest goes to the last split.
-    """
+    """Deals whole groups into splits -> {"train": indices, ...}. groups: one hashable per drawing;
+    sizes: {"train": 16, ...}. All drawings of one group (the weights and styles of one set's icon)
+    land in one split; the rest goes to the last split."""
     members = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)

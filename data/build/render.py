@@ -1,16 +1,16 @@
-"""Step 1: draws the icon sets of sets.tsv at 64 x 64 pixels, into one .npz file per set.
+"""Step 1: draws the held-out sets of sets.tsv at 64 x 64 pixels, into one .npz file per set.
 
-    python render.py [--work work] [--only SET ...]
+    python render.py [--work work]
 
 The sets come from the npm registry: Node.js with npm is needed. Sets that are already drawn are
 skipped, so the same command resumes after an interruption.
 """
-
 import argparse
 import json
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,11 @@ from icons import HERE, read_sets, select
 
 MARGIN = 0.03  # of the icon's size, on every side
 RENDERER = "@resvg/resvg-js@2.6.2"
-# Packages whose tags captions.py reads; their licences are on the data card
-TAGS = ["lucide-static@1.62.0", "@tabler/icons@3.52.0", "emojibase-data@17.0.0",
-        "@mdi/svg@7.4.47"]
 
 
 def fetch(work, sets):
-    """npm packages at their pinned versions: the sets, the renderer, and words for icons' names.
-
-    No install scripts are run.
-    """
-    packages = [f"@iconify-json/{s['set']}@{s['version']}" for s in sets] + [RENDERER, *TAGS]
+    """npm packages at their pinned versions, without running install scripts."""
+    packages = [f"@iconify-json/{s['set']}@{s['version']}" for s in sets] + [RENDERER]
     names = [package.rpartition("@")[0] for package in packages]
     if all((work / "node_modules" / name).is_dir() for name in names):
         return
@@ -41,7 +35,7 @@ def fetch(work, sets):
 
 
 def load_set(work, prefix):
-    """icons.json -> (icons {name: svg body and box}, brand names, {icon: [other names]})."""
+    """icons.json -> (icons {name: svg body and box}, brand names)."""
     folder = work / f"node_modules/@iconify-json/{prefix}"
     data = json.loads((folder / "icons.json").read_text())
     meta = json.loads((folder / "metadata.json").read_text())
@@ -52,11 +46,7 @@ def load_set(work, prefix):
     for title, names in meta.get("categories", {}).items():
         if any(word in title.lower() for word in ("brand", "logo", "social")):
             brands.update(names)
-    others = {}
-    for alias, value in data.get("aliases", {}).items():
-        if not {"hFlip", "vFlip", "rotate", "hidden"} & value.keys():
-            others.setdefault(value["parent"], []).append(alias)
-    return icons, brands, others
+    return icons, brands
 
 
 def svg(icon, color="#000"):
@@ -91,16 +81,15 @@ def draw(work, documents, background="#fff"):
     return pictures
 
 
-def render_set(work, prefix):
-    """Draws one set -> work/drawn/<set>.npz with pictures, colour, icons, names, styles, others.
-
-    The pictures are gray where the whole set is black and white.
-    """
+def render_set(work, row):
+    """Draws a set of sets.tsv -> work/drawn/<set>.npz with pictures, colour, icons, names, styles.
+    The pictures are gray where the whole set is black and white."""
+    prefix = row["set"]
     target = work / f"drawn/{prefix}.npz"
     if target.exists():
         return
-    icons, brands, others = load_set(work, prefix)
-    rows = select(prefix, list(icons), brands)
+    icons, brands = load_set(work, prefix)
+    rows = select(prefix, list(icons), brands, row["style"] == "emoji")
     pictures = draw(work, [svg(icons[icon]) for icon, _, _ in rows])
     # leave out blank drawings (a failed one is all zero) and full squares
     ink = (pictures < 200).any(-1).mean((1, 2))
@@ -113,10 +102,8 @@ def render_set(work, prefix):
     if not colour.any():
         pictures = pictures[..., 0]
     drawn, names, styles = [np.array(column, dtype=str) for column in zip(*rows)]
-    other = np.array(["|".join(others.get(icon, [])) for icon, _, _ in rows])
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        np.savez(file, pictures=pictures, colour=colour, icons=drawn, names=names, styles=styles,
-                 others=other)
+        np.savez(file, pictures=pictures, colour=colour, icons=drawn, names=names, styles=styles)
     Path(file.name).replace(target)
     print(f"{prefix}: {len(rows)} icons, {int(colour.sum())} in colour, "
           f"{int((~keep).sum())} left out as blank or full", flush=True)
@@ -126,13 +113,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--only", nargs="+", metavar="SET")
     args = parser.parse_args()
-    sets = [s for s in read_sets() if not args.only or s["set"] in args.only]
+    sets = [row for row in read_sets() if row["role"] == "held-out"]
     fetch(args.work, sets)
     (args.work / "drawn").mkdir(exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda s: render_set(args.work, s["set"]), sets))
+        list(pool.map(partial(render_set, args.work), sets))
 
 
 if __name__ == "__main__":

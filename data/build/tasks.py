@@ -11,7 +11,6 @@ What one set draws under one name, in all its styles and weights, falls on one s
 drawings of different origin that correlate by more than 0.95 only one is kept. The hand-written
 template of each task is in TEMPLATES below, fixed before any few-shot run.
 """
-
 import argparse
 import csv
 import fnmatch
@@ -24,55 +23,23 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import save_image
 
-from icons import (
-    HERE,
-    SET_STYLES,
-    distinct_groups,
-    few_colours,
-    read_sets,
-    split_groups,
-    thumbnails,
-)
-from train import measured_style
+from icons import HERE, distinct_groups, few_colours, read_sets, split_groups, thumbnails
 
-# Sets that show the same drawings in another style.
-FAMILY = {
-    "icon-park-outline": "icon-park",
-    "icon-park-solid": "icon-park",
-    "icon-park-twotone": "icon-park",
-    "famicons": "ion",
-    "emojione-monotone": "emojione",
-    "streamline-ultimate-color": "streamline-ultimate",
-}
 # Sets in which "bold" is a thick line; in the others it is a solid drawing.
 THICK = ("ph", "iconamoon")
-EMOJI = ("twemoji", "emojione", "emojione-monotone")
-DESIGNERS = {
-    "ph": "Phosphor",
-    "solar": "Solar",
-    "carbon": "Carbon",
-    "clarity": "Clarity",
-    "bi": "Bootstrap",
-    "basil": "Basil",
-    "iconoir": "Iconoir",
-    "majesticons": "Majesticons",
-    "teenyicons": "Teenyicons",
-    "twemoji": "Twemoji",
-    "icon-park": "IconPark",
-    "emojione-monotone": "EmojiOne",
-}
-STYLES = {
-    "outline": "outline",
-    "solid": "solid",
-    "thin": "thin line",
-    "bold": "thick line",
-    "two-tone": "two-tone",
-    "colour": "colorful",
-    "pixel": "pixel art",
-    "sketch": "hand-drawn",
-}
+DESIGNERS = {"ph": "Phosphor", "solar": "Solar", "carbon": "Carbon", "clarity": "Clarity",
+             "bi": "Bootstrap", "basil": "Basil", "iconoir": "Iconoir",
+             "majesticons": "Majesticons", "teenyicons": "Teenyicons", "twemoji": "Twemoji",
+             "icon-park": "IconPark", "emojione-monotone": "EmojiOne"}
+STYLES = {"outline": "outline", "solid": "solid", "thin": "thin line", "bold": "thick line",
+          "two-tone": "two-tone", "colour": "colorful", "pixel": "pixel art",
+          "sketch": "hand-drawn"}
 ACTIONS = {
     "add": "plus|add|new",
     "remove": "minus|remove|subtract",
@@ -111,12 +78,34 @@ SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------- labelled drawings
 
-def style_of(row, data, i, measured):
-    """The style of drawing i of a set: what its name or its set says, else what was measured.
+def measured_style(gray):
+    """(N, 64, 64) uint8 -> style of each drawing, read off its pixels: what is left of the ink when
+    strokes are worn away."""
+    ink = torch.from_numpy((gray < 128)[:, None].astype(np.float32))
+    middle = torch.from_numpy(((gray > 70) & (gray < 235))[:, None].astype(np.float32))
 
-    None for the odd gray picture of a colour set, which has no style of its own.
-    """
-    style = str(data["styles"][i]) or SET_STYLES.get(row["set"], "")
+    def worn(x, k):
+        return (-F.max_pool2d(-x, k, 1, k // 2)).mean((1, 2, 3))
+
+    amount = ink.mean((1, 2, 3)).clamp(min=1e-6)
+    after_3 = (worn(ink, 3) / amount).tolist()
+    after_7 = (worn(ink, 7) / amount).tolist()
+    tone = (worn(middle, 5) > 0.02).tolist()
+    styles = []
+    for thin, thick, two_tone in zip(after_3, after_7, tone):
+        if two_tone:
+            styles.append("two-tone")
+        elif thin < 0.12:
+            styles.append("thin")
+        else:
+            styles.append("solid" if thick > 0.2 else "outline")
+    return styles
+
+
+def style_of(row, data, i, measured):
+    """The style of drawing i of a set: what its name or its set says, else what was measured; None
+    for the odd gray picture of a colour set, which has no style of its own."""
+    style = str(data["styles"][i]) or row["style"]
     if data["colour"][i]:
         style = "colour"
     if style not in ("colour", "outline", "solid", "two-tone", "thin", "bold"):
@@ -129,10 +118,8 @@ def style_of(row, data, i, measured):
 
 
 def held_out(work):
-    """All drawings of the held-out sets.
-
-    Dicts with set, icon, name, style, picture, group and thumb.
-    """
+    """All drawings of the held-out sets: dicts with set, emoji (whether the set is of emoji), icon,
+    name, style, picture, group and thumb."""
     drawings = []
     for row in [r for r in read_sets() if r["role"] == "held-out"]:
         prefix = row["set"]
@@ -145,10 +132,9 @@ def held_out(work):
             if style is None:
                 continue
             name = str(data["names"][i])
-            group = (FAMILY.get(prefix, prefix), name)
-            drawings.append({"set": prefix, "icon": str(data["icons"][i]), "name": name,
-                             "style": style, "picture": picture, "group": group,
-                             "thumb": thumbs[i]})
+            drawings.append({"set": prefix, "emoji": row["style"] == "emoji", "name": name,
+                             "icon": str(data["icons"][i]), "style": style, "picture": picture,
+                             "group": (row["family"] or prefix, name), "thumb": thumbs[i]})
     return drawings
 
 
@@ -174,10 +160,8 @@ def label_things(drawings):
 
 
 def generic(some, drawings):
-    """Those of `some` drawings whose name at least two families of sets use.
-
-    This leaves out brand marks, whose names one set alone has.
-    """
+    """Those of `some` drawings whose name at least two families of sets use: brand marks have names
+    of one set alone."""
     families = defaultdict(set)
     for d in drawings:
         families[d["name"]].add(d["group"][0])
@@ -187,8 +171,9 @@ def generic(some, drawings):
 def label_styles(drawings):
     """How it is drawn."""
     of_set = {"pixel": "pixel", "streamline-freehand-color": "sketch"}
-    left_out = (*EMOJI, "meteocons", "icon-park")
-    plain = generic([d for d in drawings if d["set"] not in left_out], drawings)
+    left_out = ("meteocons", "icon-park")
+    plain = [d for d in drawings if not d["emoji"] and d["set"] not in left_out]
+    plain = generic(plain, drawings)
     result = {}
     for key, word in STYLES.items():
         result[word] = [d for d in plain if of_set.get(d["set"], d["style"]) == key]
@@ -205,11 +190,8 @@ def label_designers(drawings):
 
 
 def label_actions(drawings):
-    """What an icon does to its object: "folder plus", "user add" -> add.
-
-    The object before the action's word is never the label.
-    """
-    plain = [d for d in drawings if d["set"] not in EMOJI]
+    """What an icon does to its object, whatever that is: "folder plus", "user add" -> add."""
+    plain = [d for d in drawings if not d["emoji"]]
     result = {}
     for action, words in ACTIONS.items():
         pattern = re.compile(rf"(?!.*\b({NO_ACTION})\b)[a-z]+( [a-z]+)? ({words})")
@@ -226,10 +208,8 @@ def is_removed(d, removed):
 
 
 def build(task, classes, removed, sizes, seed=0, pool=400):
-    """Labelled drawings -> {"train": [(drawing, label)], "val": ..., "test": ..., "spare": ...}.
-
-    spare: what no split of them needs.
-    """
+    """Labelled drawings -> {"train": [(drawing, label)], "val": ..., "test": ..., "spare": what no
+    split of them needs}."""
     # what is no clock among the objects is none among the things either
     of_tasks = (task, "objects") if task == "things" else (task,)
     removed = [row for row in removed if row["task"] in of_tasks]
@@ -260,10 +240,8 @@ def build(task, classes, removed, sizes, seed=0, pool=400):
 
 
 def make_domains(splits, n_classes):
-    """Up to ten unseen drawings per class and style, and the outlines inverted.
-
-    -> {"outline": [(drawing, label, dark)], "solid": ..., ..., "dark": ...}.
-    """
+    """Up to ten unseen drawings per class and style, and the outlines inverted -> {"outline":
+    [(drawing, label, dark)], "solid": ..., ..., "dark": ...}."""
     by_style = defaultdict(list)
     for d, label in splits["test"] + splits["spare"]:
         by_style[stroke(d["style"]), label].append((d, label, False))
@@ -287,10 +265,8 @@ def only_outlines(splits):
 # ---------------------------------------------------------------- files
 
 def png(picture, pixels=None, dark=False):
-    """A drawing as PNG bytes in few colours.
-
-    pixels=10: as seen in 10 x 10 pixels. dark: inverted, as in dark mode.
-    """
+    """A drawing as PNG bytes in few colours. pixels=10: as seen in 10 x 10 pixels. dark: inverted,
+    as in dark mode."""
     picture = 255 - picture if dark else picture
     if pixels:
         small = Image.fromarray(picture).resize((pixels, pixels), Image.BOX)
@@ -371,34 +347,24 @@ def favicons(data):
     write_zip(data / "favicons/images.zip", pictures)
 
 
-def sheet(path, classnames, splits, columns=34):
-    """Contact sheets of eight classes each: every drawing that any split holds, class below class.
-
-    A .tsv beside them gives the class, row, column, set, icon and style of every drawing.
-    """
-    rows = defaultdict(list)
+def sheet(folder, classnames, splits, columns=32):
+    """A contact sheet per class, <class>.png, of every drawing that any split holds, and a .tsv of
+    their places, sets, icons and styles."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members = defaultdict(list)
     for split in (*SPLITS, "spare"):
         for d, label in splits[split]:
-            rows[label].append(d)
-    lines = []
-    for start in range(0, len(classnames), 8):
-        labels = range(start, min(start + 8, len(classnames)))
-        width = max(len(rows[k]) for k in labels)
-        heights = {k: -(-len(rows[k]) // columns) for k in labels}  # rounded up
-        canvas = Image.new("RGB", (columns * 48, sum(heights.values()) * 48), "white")
-        y = 0
-        for k in labels:
-            for n, d in enumerate(rows[k]):
-                row = n // columns
-                column = n % columns
-                small = Image.fromarray(d["picture"]).convert("RGB").resize((44, 44))
-                canvas.paste(small, (column * 48, (y + row) * 48))
-                fields = [classnames[k], row, column, d["set"], d["icon"], d["style"]]
-                lines.append("\t".join(map(str, fields)))
-            y += heights[k]
-            print(f"   sheet {start // 8}: {classnames[k]} ends above row {y}", width)
-        canvas.save(path.with_name(f"{path.name}_{start // 8}.png"))
-    path.with_suffix(".tsv").write_text("\n".join(lines))
+            members[label].append(d)
+    for label, name in enumerate(classnames):
+        pictures = []
+        lines = []
+        for i, d in enumerate(members[label]):
+            picture = Image.fromarray(d["picture"]).convert("RGB")
+            pictures.append(to_tensor(picture))
+            fields = [f"row {i // columns}, column {i % columns}", d["set"], d["icon"], d["style"]]
+            lines.append("\t".join(fields))
+        save_image(pictures, folder / f"{name}.png", nrow=columns)
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
 
 
 def main():
@@ -426,7 +392,6 @@ def main():
         names = list(classes)
         splits = build(task, classes, removed, SIZES[task])
         if args.sheets:
-            args.sheets.mkdir(exist_ok=True)
             sheet(args.sheets / task, names, splits)
         if task != "objects":
             write(task, args.out / task, names, TEMPLATES[task], splits)
