@@ -12,6 +12,7 @@ import textwrap
 import warnings
 import zipfile
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from statistics import mean
 
@@ -130,11 +131,9 @@ def accuracies(tests, scores):
 
 def same_picture(x, others):
     """For each feature of x (N, E), whether one of the others is the same up to rounding."""
-    if not len(others):
-        return torch.zeros(len(x), dtype=torch.bool)
     others = F.normalize(others, dim=-1).T
-    parts = [(F.normalize(part, dim=-1) @ others).amax(1) for part in x.split(1000)]
-    return torch.cat(parts).cpu() > 1 - 1e-6
+    parts = [(F.normalize(part, dim=-1) @ others > 1 - 1e-6).any(1) for part in x.split(1000)]
+    return torch.cat(parts).cpu()
 
 
 def append(file, line):
@@ -191,9 +190,7 @@ def run_all(todo, model, encode, data, file, args):
     def encode_sample(shots, seed):
         few = mini_coop.few_shot(data, shots, seed)
         x = encode(few.train.images)
-        for image, same in zip(few.train.images, same_picture(x, x_test)):
-            if same:
-                twice.add(image)
+        twice.update(compress(few.train.images, same_picture(x, x_test)))
         x_val = encode(few.val.images) if few.val.images else None
         views = encode(few.train.images, args.views, seed=seed) if args.views > 1 else x
         return x, few.train.labels, x_val, few.val.labels, views
@@ -230,12 +227,6 @@ def introduce(model, data, args):
     mini_coop.zero_shot_weights(model, data.classnames, [data.template, longest])
 
 
-def note(args):
-    """What the paper does otherwise, in one line."""
-    here = f"one of {args.views} crops" if args.views > 1 else "the image as it is"
-    return f"  (the paper: a new random crop in every epoch; here {here})"
-
-
 def show_dataset(data, lines, folder, args):
     """Prints a data set's tables beside the paper's numbers, saves its figure; gives its Results
     and the paper's."""
@@ -250,7 +241,7 @@ def show_dataset(data, lines, folder, args):
     if theirs and (theirs.template, theirs.chance) != (results.template, results.chance):
         theirs = None  # not the paper's data set
     report.over_shots({data.name: results}).savefig(folder / "figure.png", dpi=120)
-    print("\n" + report.tables(data.name, results, theirs, note(args)))
+    print("\n" + report.tables(data.name, results, theirs))
     print(f"\nSaved in {folder}: results.jsonl, figure.png, contexts")
     return results, theirs
 
@@ -283,7 +274,7 @@ def run_job(args):
         file = args.out / f"{label}_{'+'.join(names)[:99]}.png"
         report.over_shots(panels).savefig(file, dpi=120)
         theirs = report.average(papers) if all(papers) else None
-        print("\n" + report.tables(title, panels[title], theirs, note(args)))
+        print("\n" + report.tables(title, panels[title], theirs))
         print(f"\nThe figure of all: {file}")
 
 

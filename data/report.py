@@ -138,9 +138,9 @@ def rows_beside(name, results, theirs, cells, widths=(23, 11)):
     return rows
 
 
-def tables(name, results, theirs=None, note=""):
+def tables(name, results, theirs=None):
     """The tables of a data set as text, within 80 columns up to five numbers of shots. theirs: the
-    paper's Results; note: what differs there."""
+    paper's Results."""
     lines = [f"{name}: zero-shot, accuracy in %"]
     for line in results.lines:
         if line["method"] == "zero-shot":
@@ -151,7 +151,7 @@ def tables(name, results, theirs=None, note=""):
     if theirs:
         lines.append(format_row("the paper, its template", [f"{theirs.zero_shot():.1f}"], 42, 7))
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds"]
-    lines += [note] if theirs else []
+    lines += ["  (the paper: a new random crop of each image in every epoch)"] if theirs else []
     shots = results.shots()
     lines.append(format_row("shots", shots))
     for method in results.methods():

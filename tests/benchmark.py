@@ -29,7 +29,7 @@ import clip
 import torch
 
 import mini_coop
-from mini_coop import CoOp, load_clip
+from mini_coop import CoOp
 from reference import reference_features
 
 M = 16  # context vectors
@@ -39,11 +39,8 @@ LINE = "{:30}{:>12}{:>9}{:>7}{:>14}{:>9}{:>7}{:>14}"
 
 def class_names(K):
     """K names of 1 to 11 tokens, 2 on average, as ImageNet's: prompts of 21 tokens, 30 at most."""
-    words = []
-    for token in mini_coop.tokenizer.encoder:
-        word = token[:-4]
-        if token.endswith("</w>") and word.isalpha() and word.isascii():
-            words.append(word)
+    words = [word for token in mini_coop.tokenizer.encoder
+             if token.endswith("</w>") and (word := token[:-4]).isalpha() and word.isascii()]
     rng = random.Random(0)
     names = []
     for k in range(K):
@@ -147,21 +144,6 @@ def rows_and_parts(model, K, sizes):
     mini_coop.pack = pack
 
 
-def mini_step(device):
-    """A step of the mini-CLIP: 37 names, forward and backward."""
-    model = load_clip("mini", device)[0]
-    for class_specific in (False, True):
-        coop = CoOp(model, mini_coop.load_dataset("objects").classnames, M, class_specific)
-        target = torch.randn(37, model.text_projection.shape[1], device=coop.ctx.device)
-
-        def step():
-            return torch.autograd.grad(coop.text_features(), coop.ctx, target)
-
-        seconds = timed(step, 50, device)[0]
-        kind = "class-specific" if class_specific else "unified"
-        print(f"mini-CLIP, 37 classes, {kind}: {1000 * seconds:.1f} ms")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +153,7 @@ def main():
     parser.add_argument("--part-tokens", type=int, nargs="+", help="only ours, with such parts")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # two of the words are the same for CLIP
-    device = load_clip(device=args.device)[0].text_projection.device
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
     model = clip.model.CLIP(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12)
     model = model.float().eval().requires_grad_(False).to(device)
@@ -196,7 +178,6 @@ def main():
             text_step(model, model16, K, class_specific)
     if max(args.classes) > SLICE:
         print(f"* in slices of {SLICE} classes: the memory of one, times their number")
-    mini_step(device)
 
 
 if __name__ == "__main__":
