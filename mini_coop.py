@@ -14,16 +14,8 @@ is Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 202
 
 In shapes N is the number of images, B of those in a batch, A of augmented views of an image, K of
 classes, M of context vectors; D is the width of the text encoder, E that of both features.
-
-    model, preprocess = load_clip("mini")
-    data = load_dataset("objects")  # or the path of a folder with one folder of images per class
-    few = few_shot(data, shots=4, seed=1)
-    x = encode_images(model, preprocess, few.train.images)
-    coop = CoOp(model, data.classnames)
-    coop.fit(x, few.train.labels)
-    print(coop.score(encode_images(model, preprocess, data.test.images), data.test.labels))
-
-Inputs are checked only where a mistake would otherwise go unnoticed or be reported obscurely.
+README.md has a script that uses it. Wrong arguments and files raise ValueError, which says what was
+found and what is expected.
 """
 import glob
 import json
@@ -58,8 +50,7 @@ __all__ = ["CoOp", "encode_images", "few_shot", "learning_rate", "linear_probe",
 
 SOS = tokenizer.encoder["<|startoftext|>"]
 EOT = tokenizer.encoder["<|endoftext|>"]  # the last id of CLIP's vocabulary
-# in our prompts the id CONTEXT + i stands for vector i of the context
-CONTEXT = EOT + 1
+CONTEXT = EOT + 1  # in our prompts CONTEXT + i stands for vector i of the context
 
 
 # ---------------------------------------- CoOp
@@ -72,7 +63,7 @@ class CoOp(torch.nn.Module):
     instead of a unified one, (M, D). class_position: "end", "middle" (the smaller half of an odd M
     stands before the name) or "front". ctx_init: words to start from ("a photo of a"), one vector
     per token; n_ctx is then ignored. Without words, the vectors are drawn from N(0, 0.02^2) with
-    `seed`, which also shuffles in `fit`. Raises ValueError for wrong values.
+    `seed`, which also shuffles in `fit`.
 
     A unified context serves other class names, too, in a CoOp of equal n_ctx and class_position:
     `new.load_state_dict(coop.state_dict())`. For a method of your own override `loss` or `forward`;
@@ -222,21 +213,16 @@ class CoOp(torch.nn.Module):
 
     def save(self, path):
         """Writes what was learned, without CLIP."""
-        learned = {
-            "state": self.state_dict(),
-            "classnames": self.classnames,
-            "class_specific": self.class_specific,
-            "class_position": self.class_position,
-            "seed": self.seed,
-            "clip": fingerprint(self.clip_model),
-        }
+        own = ("classnames", "class_specific", "class_position", "seed")
+        learned = {key: getattr(self, key) for key in own}
+        learned["state"] = self.state_dict()
+        learned["clip"] = fingerprint(self.clip_model)
         torch.save(learned, path)
 
     @classmethod
     def load(cls, path, model, classnames=None, **settings):
         """A new CoOp with a saved context, on the CLIP that it was learned with; a unified context
-        also takes other class names. settings: what a subclass takes beside CoOp's own arguments.
-        Raises ValueError for another file, CLIP or list of names."""
+        also takes other class names. settings: what a subclass takes beside CoOp's arguments."""
         saved = read_tensors(path)
         if "clip" not in saved:
             raise ValueError(f"{path} was not written by CoOp.save")
@@ -314,7 +300,7 @@ def encode_rows(model, ctx, tokens, position, visible, ends):
         i = (tokens - CONTEXT).clamp(min=0)
         x = torch.where(tokens[..., None] < CONTEXT, x, F.embedding(i, vectors))
     x = x + model.positional_embedding[position]
-    x = x.transpose(0, 1)  # (L, R, D), as CLIP's blocks want it
+    x = x.transpose(0, 1)  # (L, R, D), CLIP's order
     n_heads = model.transformer.resblocks[0].attn.num_heads
     mask = torch.where(visible, 0.0, -math.inf).to(x.dtype)
     mask = mask.repeat_interleave(n_heads, dim=0)  # (R * n_heads, L, L): one for each head
@@ -363,8 +349,7 @@ def pack(model, prompts, row_tokens=None, part_tokens=6400):
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
         raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
-                         f"but CLIP reads {model.context_length}: shorten context, template or "
-                         "name")
+                         f"but CLIP reads {model.context_length}: shorten context, template, name")
     # the length of the trunk (commonprefix takes lists, too); [:-1]: a branch keeps its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
@@ -401,18 +386,14 @@ def token_ids(text):
 def check_names(classnames):
     """Class names as a list; warns of equal ones, which a unified context cannot tell apart."""
     names = list(classnames)
-    if isinstance(classnames, (str, dict, set, frozenset)) or not names:
-        raise ValueError(f"class names are a list of texts, not {str(classnames)[:100]!r}")
-    for name in names:
-        # bytes of an unknown coding, in a folder's name, are surrogates in Python
-        is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)
-        if not is_text or not token_ids(name):
-            raise ValueError(f"class names are a list of texts, none of them {name!r}")
+    # bytes of an unknown coding, in a folder's name, are surrogates in Python
+    odd = [name for name in names if not isinstance(name, str)
+           or re.search("[\ud800-\udfff]", name) or not token_ids(name)]
+    if isinstance(classnames, (str, dict, set, frozenset)) or not names or odd:
+        raise ValueError(f"class names are a list of texts, not {str(odd or classnames)[:100]!r}")
     names = [str(name) for name in names]  # `load` would refuse NumPy's strings
-    groups = {}  # token ids -> the names that have them
-    for name in names:
-        groups.setdefault(tuple(token_ids(name)), []).append(name)
-    if same := [group for group in groups.values() if len(group) > 1]:
+    ids = [token_ids(name) for name in names]
+    if same := [name for name, own in zip(names, ids) if ids.count(own) > 1]:
         warnings.warn(f"classes of the same name cannot be told apart: {same}", stacklevel=3)
     return names
 
@@ -430,20 +411,19 @@ def zero_shot_weights(model, classnames, templates):
     """Zero-shot classifier (K, E), unit-norm, of a template ("a photo of a {}.") or several.
 
     Each template's features are normalised, summed over templates and normalised again. The score
-    of class k is the cosine of an image feature with row k. Raises ValueError for a template
-    without {} and for a prompt that is too long for CLIP.
+    of class k is the cosine of an image feature with row k.
     """
     check_clip(model)
     names = check_names(classnames)
     templates = [templates] if isinstance(templates, str) else list(templates)
-    if not templates:
-        raise ValueError("no template: one such as 'a photo of a {}.' is needed")
+    if not templates or not all("{}" in template for template in templates):
+        raise ValueError(f"every template has {{}} for the class name, not {str(templates)[:99]}")
     total = 0
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the class name")
-        texts = [template.replace("{}", name) for name in names]
-        prompts = [[SOS, *token_ids(text), EOT] for text in texts]
+        prompts = []
+        for name in names:
+            text = template.replace("{}", name)
+            prompts.append([SOS, *token_ids(text), EOT])
         total = total + encode_prompts(model, pack(model, prompts))
     return F.normalize(total, dim=-1)
 
@@ -485,7 +465,7 @@ def linear_probe(train, train_labels, val, val_labels):
 # ---------------------------------------- CLIP, frozen
 
 DATA = Path(__file__).resolve().with_name("data")
-# where your own weights (ROOT/clip) and data sets (ROOT/<name>) lie
+# of your own weights, ROOT/clip, and data sets
 ROOT = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
 
 
@@ -494,10 +474,9 @@ def load_clip(name="mini", device=None):
 
     name: "mini" (ours, which knows icons), the path of a state dict in OpenAI's layout, or a name
     of `clip.available_models()`: OpenAI's, downloaded once to ~/.cache/clip or, where
-    MINI_COOP_ROOT is set, to its folder clip. device: None takes CUDA where there is one. Raises
-    ValueError for other names and files, RuntimeError if there is no OpenAI's file.
+    MINI_COOP_ROOT is set, to its folder clip. device: None takes CUDA where there is one.
+    RuntimeError says that OpenAI's file is not there.
     """
-    name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in clip.available_models():  # a TorchScript archive, opened if its SHA-256 is right
         folder = Path("~/.cache/clip").expanduser() if ROOT == DATA else ROOT / "clip"
@@ -531,8 +510,6 @@ def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code from a file is run."""
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
-    except OSError:
-        raise  # no such file
     except Exception as error:  # torch's own message advises switching the protection off
         raise ValueError(f"cannot read {path} as a dict of plain tensors: {type(error).__name__}. "
                          "(OpenAI's archives are opened by name, such as 'RN50'.)") from None
@@ -552,8 +529,7 @@ SOURCES = (str, Path, zipfile.Path, Image.Image)  # what an image can be given a
 
 def open_image(source):
     """A path, also into an archive (zipfile.Path), or a PIL image -> an RGB image, upright by its
-    EXIF tag, transparent parts white. Raises ValueError for 16-bit gray and float images, for those
-    without pixels, and where white leaves nothing to see; OSError for what is no image."""
+    EXIF tag, transparent parts white. Raises OSError for what is no image."""
     if not isinstance(source, Image.Image):
         with (Path(source) if isinstance(source, str) else source).open("rb") as file:
             try:
@@ -576,8 +552,7 @@ def open_image(source):
         opaque = image.getextrema()[3] == (255, 255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if not opaque and image.convert("RGB").getextrema() == ((255, 255),) * 3:
-            raise ValueError("transparent, and on white nothing is left to see: give it a "
-                             "background")
+            raise ValueError("on white nothing is left to see: give it a background")
     return image.convert("RGB")
 
 
@@ -588,7 +563,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
     images: a list of paths or PIL images. views=1 uses `preprocess`, the test transform. views=A
     for A > 1 gives (N, A, E), of random crops and flips (the paper's augmentation) that `seed`
     draws in the order of the list; `fit` picks among them. batch_size: views at a time. progress:
-    as in `fit`. Raises ValueError for an empty list or other types, and for unreadable images.
+    as in `fit`.
     """
     check_clip(model)
     found = f"a {type(images).__name__}"
@@ -612,7 +587,6 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
             unreadable.append(f"{str(source)[:200]} ({type(error).__name__}: {error})")
             return torch.zeros(views, 3, n_px, n_px)
 
-    device = model.text_projection.device
     model.eval()  # in training mode a ResNet would mix the images of a batch
     # threads read files side by side. But crops must be drawn in order, and one PIL image may occur
     # twice: then a single thread
@@ -625,7 +599,7 @@ def encode_images(model, preprocess, images, views=1, batch_size=64, seed=0, pro
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a card, too
         for start in starts:
             pixels = torch.cat(list(pool.map(pixels_of, images[start:start + size])))
-            x = model.encode_image(pixels.to(device))  # (B * A, E)
+            x = model.encode_image(pixels.to(model.text_projection.device))  # (B * A, E)
             features.append(x.unflatten(0, (-1, views)))  # (B, A, E)
     if unreadable:
         ten = "; ".join(unreadable[:10]) + "; ..." * (len(unreadable) > 10)
@@ -666,8 +640,7 @@ def load_dataset(name, template=None):
     name: the name of a folder with a dataset.json in data/ (data/README.md has its form), or of any
     data set in $MINI_COOP_ROOT; or the path of a folder that has a dataset.json or one folder per
     class, `<root>/<class>/*.jpg`, with or without train/, val/, test/ above. Without them each
-    class is dealt 50 / 20 / 30 % by a fixed seed, rounded as in the published code. template: in
-    place of the data set's own. Raises ValueError for an unknown name and for any other form.
+    class is dealt 50 / 20 / 30 % by a fixed seed. template: in place of the data set's own.
     """
     built_in = {file.parent.name: file.parent for file in DATA.glob("*/dataset.json")}
     places = [Path(name).expanduser()]

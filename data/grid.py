@@ -14,7 +14,6 @@ import zipfile
 from functools import lru_cache, partial
 from itertools import compress
 from pathlib import Path
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +47,6 @@ def arguments(argv):
     args = parser.parse_args(argv)
     args.dataset = args.dataset or ["favicons"]
     args.out = args.out.expanduser()
-    if args.ctx_init is not None:
-        args.n_ctx = max(1, len(mini_coop.token_ids(args.ctx_init)))
     for name, least in (("shots", 1), ("n_ctx", 1), ("epochs", 0), ("views", 1), ("seeds", 0)):
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -101,11 +98,6 @@ def wanted_runs(model, data, args):
     return runs
 
 
-def new_coop(model, data, args, **more):
-    return mini_coop.CoOp(model, data.classnames, args.n_ctx, class_position=args.class_position,
-                          ctx_init=args.ctx_init, **more)
-
-
 def probe_scores(x, y, x_val, y_val, n_classes):
     """A linear probe's scores, features (N, E) -> (N, K); zero for a class that it did not see."""
     probe = mini_coop.linear_probe(x, y, x_val, y_val)
@@ -136,13 +128,6 @@ def same_picture(x, others):
     return torch.cat(parts).cpu()
 
 
-def append(file, line):
-    """Adds a line in one write, so that jobs side by side do not mix theirs; the line break comes
-    first, so that it also ends a line that was cut off."""
-    with open(file, "a", encoding="utf-8") as out:
-        out.write("\n" + json.dumps(line))
-
-
 def train(run, model, data, sample, folder, args):
     """Does one run: -> its scores, features (N, E) -> (N, K), and the file of its context."""
     method = run["method"]
@@ -153,7 +138,8 @@ def train(run, model, data, sample, folder, args):
         x, y, x_val, y_val, _ = sample
         return probe_scores(x, y, x_val, y_val, len(data.classnames)), None
     specific = method == "CoOp class-specific"
-    coop = new_coop(model, data, args, seed=run["seed"], class_specific=specific)
+    start = {key: run[key] for key in ("n_ctx", "class_position", "ctx_init", "seed")}
+    coop = mini_coop.CoOp(model, data.classnames, class_specific=specific, **start)
     if method == "untrained":
         return coop.predict_proba, None
     _, y, _, _, views = sample
@@ -199,7 +185,9 @@ def run_all(todo, model, encode, data, file, args):
         sample = encode_sample(run["shots"], run["seed"]) if "shots" in run else None
         scores, context = train(run, model, data, sample, file.parent, args)
         line = {**run, "accuracy": accuracies(tests, scores)}
-        append(file, {**line, "file": context} if context else line)
+        # one write, as jobs may share the file; the break first, as its last line may be cut off
+        with open(file, "a", encoding="utf-8") as out:
+            out.write("\n" + json.dumps({**line, "file": context} if context else line))
     if twice:
         warnings.warn(f"{len(twice)} training images are in the test split, too: accuracies are "
                       "too high")
@@ -222,19 +210,15 @@ def introduce(model, data, args):
     if not data.val.images:
         print("no validation images: no linear probe, which chooses its C on them")
     # wrong options are refused here, before any image is encoded
-    new_coop(model, data, args)
-    longest = max(TEMPLATES, key=len)
-    mini_coop.zero_shot_weights(model, data.classnames, [data.template, longest])
+    coop = mini_coop.CoOp(model, data.classnames, args.n_ctx, class_position=args.class_position,
+                          ctx_init=args.ctx_init)
+    args.n_ctx = coop.n_ctx  # words set it
+    mini_coop.zero_shot_weights(model, data.classnames, [data.template, TEMPLATES[-1]])
 
 
 def show_dataset(data, lines, folder, args):
     """Prints a data set's tables beside the paper's numbers, saves its figure; gives its Results
     and the paper's."""
-    own = set(map(str, data.test.images))  # a domain made of test images is no shift
-    shifts = [name for name, s in data.domains.items() if own.isdisjoint(map(str, s.images))]
-    if shifts:
-        for line in lines:
-            line["accuracy"]["mean of shifts"] = mean(line["accuracy"][name] for name in shifts)
     results = report.Results(lines, data.template, 100 / len(data.classnames))
     setting = {key: getattr(args, key) for key in report.RECIPE if key != "views"}
     theirs = report.papers(args.model, **setting).get(data.name)

@@ -1,8 +1,6 @@
 """Reads results, one JSON line per run, and shows them: averages, tables, the figure over shots.
 
-A line has the model, the data set, the method, what that method depends on (a template; or n_ctx,
-class_position, ctx_init, epochs and views), shots, seed, the state of weights, images and torch,
-the device, and accuracy: {"test": %, a domain: %}; that of a context names its file.
+data/README.md has the form of a line.
 """
 import json
 import re
@@ -52,15 +50,13 @@ def read_lines(file):
     """The lines of a results.jsonl, as dicts; none if there is no such file."""
     lines = []
     content = Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
-    for i, text in enumerate(content.splitlines(), 1):
-        if not text:
-            continue
+    for text in filter(None, content.splitlines()):
         try:
             line = json.loads(text)
             line["method"], line["accuracy"]["test"]
             lines.append(line)
         except (KeyError, TypeError, ValueError):  # a job was killed while it wrote
-            warnings.warn(f"{file}: line {i} is cut off or no result, and is skipped")
+            warnings.warn(f"{file}: a line is cut off or no result, and is skipped: {text[:30]}")
     return lines
 
 
@@ -141,15 +137,13 @@ def rows_beside(name, results, theirs, cells, widths=(23, 11)):
 def tables(name, results, theirs=None):
     """The tables of a data set as text, within 80 columns up to five numbers of shots. theirs: the
     paper's Results."""
-    lines = [f"{name}: zero-shot, accuracy in %"]
-    for line in results.lines:
-        if line["method"] == "zero-shot":
-            accuracy = f"{line['accuracy']['test']:.1f}"
-            lines.append(format_row(line.get("template", OWN), [accuracy], 42, 7))
-    untrained = mean(results.accuracies("untrained"))
-    lines.append(format_row("untrained unified context", [f"{untrained:.1f}"], 42, 7))
+    zero_shot = [line for line in results.lines if line["method"] == "zero-shot"]
+    rows = {line.get("template", OWN): line["accuracy"]["test"] for line in zero_shot}
+    rows["untrained unified context"] = mean(results.accuracies("untrained"))
     if theirs:
-        lines.append(format_row("the paper, its template", [f"{theirs.zero_shot():.1f}"], 42, 7))
+        rows["the paper, its template"] = theirs.zero_shot()
+    lines = [f"{name}: zero-shot, accuracy in %"]
+    lines += [format_row(row, [f"{value:.1f}"], 42, 7) for row, value in rows.items()]
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds"]
     lines += ["  (the paper: a new random crop of each image in every epoch)"] if theirs else []
     shots = results.shots()

@@ -339,13 +339,8 @@ def over_shots(results, methods=report.METHODS, paper=False):
         return
     panels = {f"average of these {len(results)}": report.average(list(results.values()))}
     if paper:
-        panels["the paper's average"] = papers_average()
+        panels["the paper's average"] = report.average(list(report.papers().values()))
     finish(report.over_shots({**panels, **results}, methods))
-
-
-def papers_average():
-    """The paper's average over its eleven data sets (RN50, M = 16), as Results."""
-    return report.average(list(report.papers().values()))
 
 
 def dots(rows, lines):

@@ -19,6 +19,7 @@ import argparse
 import copy
 import ctypes
 import random
+import re
 import sys
 import time
 import warnings
@@ -49,43 +50,31 @@ def class_names(K):
     return names
 
 
-class Peak:
-    """Peak memory of a block above what was there before, in MB: the allocator's on a CUDA device,
-    else the process's resident set, on Linux."""
+def resident(key):
+    """This process's memory in MB, on Linux: VmRSS, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1e3
 
-    def __init__(self, device):
-        self.device = device
-        self.cuda = device.type == "cuda"
 
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self.status("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        self.mb = float("nan")
-        if self.cuda:
-            self.mb = (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
-        elif sys.platform == "linux":
-            self.mb = (self.status("VmHWM") - self.before) / 1e3
-
-    @staticmethod
-    def status(key):
-        text = Path("/proc/self/status").read_text()
-        return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1])
+def with_peak(run, device):
+    """-> the result of `run`, and the peak of memory above what was there before, in MB: the
+    allocator's on a CUDA device, else the process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return run(), (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if sys.platform != "linux":
+        return run(), float("nan")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    return run(), resident("VmHWM") - before
 
 
 def timed(run, repeats, device):
     """-> median seconds of `run` after a first time (repeats=0: of that), its result, peak MB."""
     start = time.perf_counter()
-    with Peak(device) as peak:
-        result = run()
+    result, mb = with_peak(run, device)
     seconds = [] if repeats else [time.perf_counter() - start]
     for _ in range(repeats):
         start = time.perf_counter()
@@ -93,7 +82,7 @@ def timed(run, repeats, device):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2], result, peak.mb
+    return sorted(seconds)[len(seconds) // 2], result, mb
 
 
 def text_step(model, model16, K, class_specific, repeats=3):

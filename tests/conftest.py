@@ -28,15 +28,3 @@ def mini():
     """The built-in CLIP: (model, preprocess)."""
     import mini_coop
     return mini_coop.load_clip("mini", "cpu")
-
-
-class Malicious:
-    """An object whose pickle runs code: it makes the folder `pwned`."""
-
-    def __reduce__(self):
-        return (os.mkdir, ("pwned",))
-
-
-@pytest.fixture
-def malicious():
-    return Malicious()

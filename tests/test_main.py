@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -46,17 +47,10 @@ def photos(root, names=("red", "blue"), n=8):
 
 
 @pytest.fixture
-def fits(monkeypatch):
-    """The shapes of the features, and the numbers of epochs, that CoOp.fit was called with."""
-    calls = []
-    fit = CoOp.fit
-
-    def recorded(self, x, y, epochs, **options):
-        calls.append((*x.shape, epochs))
-        return fit(self, x, y, epochs, **options)
-
-    monkeypatch.setattr(CoOp, "fit", recorded)
-    return calls
+def fits():
+    """The calls of CoOp.fit: (coop, features, labels, epochs)."""
+    with mock.patch.object(CoOp, "fit", autospec=True, side_effect=CoOp.fit) as fit:
+        yield fit.call_args_list
 
 
 # ---------------------------------------------------------------- a run
@@ -91,17 +85,13 @@ def test_main_job(tmp_path, capsys, monkeypatch):
         assert coop.seed == line["seed"] and coop.class_specific == ("specific" in line["method"])
         accuracy = 100 * coop.score(features, data.test.labels)
         assert accuracy == pytest.approx(line["accuracy"]["test"], abs=1e-4)
-
-
-def test_the_probe_learns_from_features_as_they_come(tmp_path, monkeypatch, mini):
-    """Not normalised: the length changes what C means."""
-    seen = []
-    probe = mini_coop.linear_probe
-    monkeypatch.setattr(mini_coop, "linear_probe", lambda *args: seen.append(args) or probe(*args))
-    run(tmp_path, "--shots", 1, "--seeds", 1)
-    few = mini_coop.few_shot(mini_coop.load_dataset("styles"), 1, 1)
-    for x, split in zip(seen[0][::2], (few.train, few.val)):
-        assert torch.allclose(x, mini_coop.encode_images(*mini, split.images), atol=1e-4)
+    # the probe learns from features as they come: their length changes what C means
+    few = mini_coop.few_shot(data, 2, 1)
+    x, x_val = (mini_coop.encode_images(model, preprocess, split.images)
+                for split in (few.train, few.val))
+    probe = mini_coop.linear_probe(x, few.train.labels, x_val, few.val.labels)
+    accuracy = 100 * probe.score(features.numpy(), data.test.labels)
+    assert accuracy == pytest.approx(trained(lines)["linear probe", 2, 1], abs=1e-4)
 
 
 def test_a_probe_that_did_not_see_every_class():
@@ -115,7 +105,7 @@ def test_on_imagenet_every_run_has_50_epochs(tmp_path, fits):
     photos(tmp_path / "imagenet/test")
     grid.main(["--dataset", str(tmp_path / "imagenet"), "--out", str(tmp_path), "--n-ctx", "1",
                "--shots", "2", "--seeds", "1"])
-    assert [epochs for *_, epochs in fits] == [50]
+    assert [call.args[3] for call in fits] == [50]
 
 
 def test_several_data_sets(tmp_path, capsys):
@@ -150,7 +140,8 @@ def test_a_folder_of_your_own(tmp_path, capsys, fits):
     assert "the built-in CLIP knows icons only: for photographs add --model RN50" in out
     assert {method for method, *_ in trained(lines)} == {"CoOp unified"}
     assert "±" not in re.search("CoOp unified.*", out)[0]  # one seed has no spread
-    assert [shape[:2] for shape in fits] == [(12, 2)]  # 4 shots of three classes, 2 views
+    # 4 shots of three classes, 2 views
+    assert [call.args[1].shape[:2] for call in fits] == [(12, 2)]
 
 
 def test_the_same_picture_in_two_splits_or_classes(tmp_path, recwarn):
@@ -168,23 +159,20 @@ def test_the_same_picture_in_two_splits_or_classes(tmp_path, recwarn):
 
 
 def test_domains(tmp_path, capsys):
-    """A domain of less than half of the classes is scored among those, as ImageNet-A is; one of
-    test images is no shift."""
+    """A domain of less than half of the classes is scored among those, as ImageNet-A is."""
     names = ["red", "blue", "green", "gray", "black"]
     root = photos(tmp_path / "photos", names)
     rows = {k: [[f"{name}/{i}.png", k] for i in range(8)] for k, name in enumerate(names)}
     every = sum(rows.values(), [])
     spec = {"classnames": names, "template": "{}",
             "splits": {"train": every, "val": every, "test": every[::2]},
-            "domains": {"same": every[::4], "all": every[1::2], "two": [*rows[3], *rows[4]][1::2]}}
+            "domains": {"all": every[1::2], "two": [*rows[3], *rows[4]][1::2]}}
     (root / "dataset.json").write_text(json.dumps(spec))
     with pytest.warns(UserWarning, match="are in the test split, too"):
         lines = run(tmp_path / "out", "--shots", 1, "--seeds", 1, dataset=root)
     row = lines[0]["accuracy"]
-    assert list(row) == ["test", "same", "all", "two"]
-    shifts = (row["all"] + row["two"]) / 2
-    assert re.search(f"domains, 1 shot .*(.|\n)*mean of shifts +{shifts:.1f}",
-                     capsys.readouterr().out)
+    assert list(row) == ["test", "all", "two"]
+    assert re.search(f"domains, 1 shot .*(.|\n)*two +{row['two']:.1f}", capsys.readouterr().out)
     tests = {"two": (torch.zeros(2, 4), [3, 4])}
     scores = torch.tensor([5.0, 4, 3, 2, 1]).expand(2, 5)  # class 0 is not among the answers
     assert grid.accuracies(tests, lambda x: scores)["two"] == 50
@@ -197,16 +185,14 @@ def test_a_line_is_not_run_again_and_whatever_differs_is_another_line(tmp_path, 
     command = ["--shots", 1, 2, "--seeds", 1, 2]
     first = run(tmp_path, *command)
     assert len(fits) == 4
-    encoded = []
-    encode = mini_coop.encode_images
-    monkeypatch.setattr(mini_coop, "encode_images",
-                        lambda *args, **more: encoded.append(1) or encode(*args, **more))
+    encode = mock.Mock(side_effect=mini_coop.encode_images)
+    monkeypatch.setattr(mini_coop, "encode_images", encode)
     capsys.readouterr()
     assert run(tmp_path, *command) == first
-    assert len(fits) == 4 and not encoded  # nothing is left to do, so nothing is encoded
+    assert len(fits) == 4 and not encode.called  # nothing is left to do, so nothing is encoded
     assert "20 of 20 runs are in" in capsys.readouterr().out
     more = run(tmp_path, *command, "--seeds", 3)
-    assert more[:len(first)] == first and [shape[0] for shape in fits[4:]] == [8, 16]
+    assert more[:len(first)] == first and [len(call.args[1]) for call in fits[4:]] == [8, 16]
     # a variant needs no other --out, and the first command still finds its own lines
     varied = run(tmp_path, *command, "--epochs", 0, "--class-position", "front")
     assert varied[:len(more)] == more and len(fits) == 10
@@ -250,7 +236,7 @@ def test_jobs_side_by_side_and_a_killed_one(tmp_path):
     file.write_bytes(whole[:-20])
     with pytest.warns(UserWarning, match="is cut off or no result"):
         lines = run(tmp_path, "--shots", 1, 2, "--seeds", 1, 2, 3)
-    assert len(trained(lines)) == 12 and not list(tmp_path.rglob("*.part"))
+    assert len(trained(lines)) == 12
     kept = [json.loads(text) for text in whole.splitlines() if text][:-1]
     assert lines[:len(kept)] == kept
 
@@ -263,9 +249,8 @@ def test_jobs_side_by_side_and_a_killed_one(tmp_path):
     ("--shots 4 0", "--shots begins at 1, not 0"),
     ("--views 0", "--views begins at 1, not 0"),
     ("--epochs -1", "--epochs begins at 0, not -1"),
-    ("--n-ctx 0", "--n-ctx begins at 1, not 0"),
     ("--n-ctx 90", "a prompt of 95 tokens, but CLIP reads 77"),
-    ("--template icon", "'icon' has no {} for the class name"),
+    ("--template icon", "every template has {} for the class name, not ['icon"),
     ("--ctx-init {}", "no place for a name"),
     ("--dataset styles ./data/styles", "two data sets of one name"),
     ("--device gpu", "gpu"),
@@ -348,15 +333,6 @@ def test_the_papers_numbers_stand_beside_the_same_setting_only():
     assert report.papers("mini") == {}
     one_shot = report.tables("imagenet", *results_like(16, None, (1,)))
     assert "57.1" in one_shot and "63.0" not in one_shot and "12.7" not in one_shot
-
-
-def test_the_papers_averages():
-    """The averages that the published spreadsheet gives, for two class positions."""
-    for position, last in (("end", 73.42), ("middle", 73.35)):
-        average = report.average(list(report.papers(class_position=position).values()))
-        assert average.accuracies("linear probe", 16) == [pytest.approx(71.10, abs=0.01)]
-        assert average.accuracies("CoOp unified", 16) == [pytest.approx(last, abs=0.01)]
-    assert average.zero_shot() == pytest.approx(58.77, abs=0.01)
 
 
 def test_the_papers_numbers_need_the_papers_data_set(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Step 4: what data/README.md and data/results.md show of data and results.
+"""Step 3: what data/README.md and data/results.md show of data and results.
 
     python card.py                      tables and figure of ../results.jsonl, the tasks' picture
     python card.py --runs ../../runs    the same, after taking the lines of the card's commands

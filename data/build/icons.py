@@ -9,29 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 HERE = Path(__file__).parent
-# Of a drawing that a set holds at several sizes, the first of these is kept.
-SIZES = ("24", "20", "16", "32", "28", "48", "12", "10", "96")
-# Sets in which a number in an icon's name is a size ("user-16", "user-24").
-SIZED = {"fluent", "fluent-color", "octicon", "qlementine-icons", "garden", "heroicons"}
 # A trailing word of an icon's name that tells the style of the drawing, not what is drawn.
-STYLE_WORDS = {
-    **dict.fromkeys(["outline", "outlined", "line", "linear", "stroke", "o", "r", "broken",
-                     "regular"], "outline"),
-    **dict.fromkeys(["fill", "filled", "solid", "f", "baseline"], "solid"),
-    "bold": "bold",
-    **dict.fromkeys(["thin", "light"], "thin"),
-    **dict.fromkeys(["duotone", "twotone"], "two-tone"),
-    **dict.fromkeys(["sharp", "rounded", "round", "remix", "loop", "transition", "24px"], ""),
-}
-# Words of variants that the recipe leaves out, except in these two sets.
-DROPPED_WORDS = ("sharp", "24px", "loop", "transition")
-DROPPED_NOT_IN = ("ion", "famicons")
-# Sets that put the style in front of the name; None: the recipe leaves the variant out.
-PREFIX_STYLES = {"ic": {"baseline": "solid", "outline": "outline", "round": "solid", "sharp": None,
-                        "twotone": None}}
+STYLE_WORDS = {"outline": "outline", "line": "outline", "linear": "outline", "broken": "outline",
+               "fill": "solid", "filled": "solid", "solid": "solid", "bold": "bold",
+               "thin": "thin", "light": "thin", "duotone": "two-tone", "sharp": ""}
 BRANDS = """
     logo logos brand brands social facebook twitter google microsoft amazon instagram youtube
     github gitlab linkedin whatsapp tiktok android slack discord spotify paypal visa mastercard
@@ -62,61 +45,37 @@ def style_suffixes(names):
     return {word for word in STYLE_WORDS if last[word] >= least}
 
 
-def clean_name(prefix, icon, suffixes):
-    """('ph', 'umbrella-duotone', {...}) -> ('umbrella', 'two-tone', ''): the name, style and size.
-    The style is None for variants that the recipe leaves out, "" where the name tells nothing."""
+def clean_name(icon, suffixes):
+    """('umbrella-duotone', {...}) -> ('umbrella', 'two-tone'): the name and the style, which is ""
+    where the name tells none."""
     words = icon.lower().replace("_", "-").split("-")
     style = ""
-    size = ""
-    if words[0] in PREFIX_STYLES.get(prefix, {}):
-        style = PREFIX_STYLES[prefix][words.pop(0)]
-    # styles, sizes and numbers are taken off the end, but never the whole name
+    # styles and numbers are taken off the end, but never the whole name
     while len(words) > 1:
         word = words[-1]
-        numbered = re.fullmatch(r"\d{1,2}|alt|one|two", word)
-        if not (word in suffixes or word in SIZES or numbered):
+        if word in suffixes:
+            style = style or STYLE_WORDS[word]
+        elif not re.fullmatch(r"\d{1,2}|alt|one|two", word):
             break
         words.pop()
-        if word in suffixes:
-            if word in DROPPED_WORDS and prefix not in DROPPED_NOT_IN:
-                style = None
-            elif style == "":
-                style = STYLE_WORDS[word]
-        elif word in SIZES:
-            size = word
-    return re.sub(r"\s+", " ", " ".join(words)).strip(), style, size
+    return " ".join(words), style
 
 
-def select(prefix, icons, brands=(), emoji=False):
-    """The icons of one set that the recipe draws -> list of (icon, name, style). One size of each,
-    no brands, no skin tones of emoji. icons: icon names in the set's order; brands: those that the
-    set itself files under brands or logos."""
+def select(icons, brands=(), emoji=False):
+    """The icons of one set that the recipe draws -> list of (icon, name, style): no brands, no skin
+    tones of emoji. brands: those that the set itself files under brands or logos."""
     suffixes = style_suffixes(icons)
-    best = {}
+    rows = []
     for icon in icons:
-        name, style, size = clean_name(prefix, icon, suffixes)
+        name, style = clean_name(icon, suffixes)
         brand = icon in brands or BRAND.search(name)
         skin_tone = emoji and SKIN.search(icon)
-        if style is None or brand or skin_tone or not re.search("[a-z]", name):
-            continue
-        # numbered variants ("user-1", "user-2") are drawings of their own, sizes are not
-        key = icon
-        if size and prefix in SIZED:
-            key = re.sub(rf"-{size}(?=-|$)", "", icon, count=1)
-        rank = SIZES.index(size) if size in SIZES else -1
-        if key not in best or rank < best[key][0]:
-            best[key] = (rank, icon, name, style)
-    return [row[1:] for row in best.values()]
+        if not brand and not skin_tone and re.search("[a-z]", name):
+            rows.append((icon, name, style))
+    return rows
 
 
 # ---------------------------------------------------------------- drawings
-
-def few_colours(picture):
-    """A drawing (64, 64[, 3]) uint8 as a palette image, the form in which the tasks keep it. 16
-    grays, or 64 colours."""
-    image = Image.fromarray(picture)
-    return image.quantize(64 if image.mode == "RGB" else 16, dither=Image.Dither.NONE)
-
 
 def thumbnails(pictures):
     """(N, 64, 64[, 3]) uint8 -> (N, 256) float32: the gray means of 16 x 16 fields. Each row has

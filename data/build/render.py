@@ -89,7 +89,7 @@ def render_set(work, row):
     if target.exists():
         return
     icons, brands = load_set(work, prefix)
-    rows = select(prefix, list(icons), brands, row["style"] == "emoji")
+    rows = select(list(icons), brands, row["style"] == "emoji")
     pictures = draw(work, [svg(icons[icon]) for icon, _, _ in rows])
     # leave out blank drawings (a failed one is all zero) and full squares
     ink = (pictures < 200).any(-1).mean((1, 2))

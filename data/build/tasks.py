@@ -1,11 +1,9 @@
-"""Step 3: the built-in tasks, from the held-out icon sets.
+"""Step 2: the built-in tasks and their domain-shift views, from the held-out icon sets.
 
     python tasks.py [--work work] [--sheets DIR]
-    python tasks.py --favicons
 
-Writes all tasks and their domain-shift views. --sheets also writes a contact sheet of every class,
-which is how the wrong labels in removed.tsv were found. --favicons writes only `favicons` and
-`favicon_outlines`, which are drawn from the archive of `objects`, so no icon sets are needed.
+--sheets also writes a contact sheet of every class, which is how the wrong labels in removed.tsv
+were found.
 
 What one set draws under one name, in all its styles and weights, falls on one side of a split; of
 drawings of different origin that correlate by more than 0.95 only one is kept. The hand-written
@@ -29,7 +27,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from icons import HERE, distinct_groups, few_colours, read_sets, split_groups, thumbnails
+from icons import HERE, distinct_groups, read_sets, split_groups, thumbnails
 
 # Sets in which "bold" is a thick line; in the others it is a solid drawing.
 THICK = ("ph", "iconamoon")
@@ -153,12 +151,6 @@ def label_by_name(drawings, file):
     return labelled
 
 
-def label_things(drawings):
-    """The many-class task: the concepts of `objects` and as many things again."""
-    things = label_by_name(drawings, "concepts.tsv") | label_by_name(drawings, "things.tsv")
-    return dict(sorted(things.items()))
-
-
 def generic(some, drawings):
     """Those of `some` drawings whose name at least two families of sets use: brand marks have names
     of one set alone."""
@@ -216,7 +208,7 @@ def build(task, classes, removed, sizes, seed=0, pool=400):
     # the order in which split_groups fills them
     wanted = {"test": sizes[2], "val": sizes[1], "train": sizes[0], "spare": 0}
     splits = defaultdict(list)
-    for label, (name, drawings) in enumerate(classes.items()):
+    for label, drawings in enumerate(classes.values()):
         # a random part of the class, without wrong labels and near-duplicates
         drawings = [d for d in drawings if not is_removed(d, removed)]
         random.Random(seed).shuffle(drawings)
@@ -231,11 +223,6 @@ def build(task, classes, removed, sizes, seed=0, pool=400):
             splits[split] += [(drawings[i], label) for i in chosen]
             if split == "test":
                 splits["spare"] += [(drawings[i], label) for i in members[len(chosen) :]]
-        counts = {}
-        for s in SPLITS:
-            counts[s] = sum(k == label for _, k in splits[s])
-        if counts["train"] < 16 or counts["val"] < 4 or counts["test"] < 20:
-            print(f"  {task}: too few drawings of {name!r}: {len(drawings)} give {counts}")
     return splits
 
 
@@ -265,14 +252,16 @@ def only_outlines(splits):
 # ---------------------------------------------------------------- files
 
 def png(picture, pixels=None, dark=False):
-    """A drawing as PNG bytes in few colours. pixels=10: as seen in 10 x 10 pixels. dark: inverted,
-    as in dark mode."""
+    """A drawing as PNG bytes in 16 grays or 64 colours. pixels=10: as seen in 10 x 10 pixels. dark:
+    inverted, as in dark mode."""
     picture = 255 - picture if dark else picture
     if pixels:
         small = Image.fromarray(picture).resize((pixels, pixels), Image.BOX)
         picture = np.asarray(small.resize((64, 64), Image.NEAREST))
+    image = Image.fromarray(picture)
     out = io.BytesIO()
-    few_colours(picture).save(out, "PNG", optimize=True)
+    few = image.quantize(64 if image.mode == "RGB" else 16, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
@@ -373,20 +362,18 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--out", type=Path, default=HERE.parent)
     parser.add_argument("--sheets", type=Path)
-    parser.add_argument("--favicons", action="store_true")
     args = parser.parse_args()
-    if args.favicons:
-        favicons(args.out)
-        return
     with open(HERE / "removed.tsv", newline="") as file:
         removed = list(csv.DictReader(file, delimiter="\t"))
     drawings = held_out(args.work)
+    objects = label_by_name(drawings, "concepts.tsv")
+    things = objects | label_by_name(drawings, "things.tsv")  # the objects and as many again
     labelled = {
-        "objects": label_by_name(drawings, "concepts.tsv"),
+        "objects": objects,
         "styles": label_styles(drawings),
         "designers": label_designers(drawings),
         "actions": label_actions(drawings),
-        "things": label_things(drawings),
+        "things": dict(sorted(things.items())),
     }
     for task, classes in labelled.items():
         names = list(classes)
