@@ -390,7 +390,7 @@ def check_names(classnames):
     odd = [name for name in names if not isinstance(name, str)
            or re.search("[\ud800-\udfff]", name) or not token_ids(name)]
     if isinstance(classnames, (str, dict, set, frozenset)) or not names or odd:
-        raise ValueError(f"class names are a list of texts, not {str(odd or classnames)[:100]!r}")
+        raise ValueError(f"class names are a list of texts; found {odd or classnames!r:.99}")
     names = [str(name) for name in names]  # `load` would refuse NumPy's strings
     ids = [token_ids(name) for name in names]
     if same := [name for name, own in zip(names, ids) if ids.count(own) > 1]:
