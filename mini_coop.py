@@ -14,8 +14,9 @@ is Zhou, Yang, Loy, Liu: Learning to Prompt for Vision-Language Models, IJCV 202
 
 In shapes N is the number of images, B of those in a batch, A of augmented views of an image, K of
 classes, M of context vectors; D is the width of the text encoder, E that of both features.
-README.md has a script that uses it. Wrong arguments and files raise ValueError, which says what was
-found and what is expected.
+
+README.md has a script that uses this module. Inputs are checked only where a mistake would go
+unnoticed or be reported obscurely; ValueError then says what was found and what is expected.
 """
 import glob
 import json
@@ -349,7 +350,7 @@ def pack(model, prompts, row_tokens=None, part_tokens=6400):
     if len(longest) > model.context_length:
         ids = [i for i in longest if i < SOS]
         raise ValueError(f"{tokenizer.decode(ids[:6])!r}... is a prompt of {len(longest)} tokens, "
-                         f"but CLIP reads {model.context_length}: shorten context, template, name")
+                         f"but CLIP reads {model.context_length}: make the prompt shorter")
     # the length of the trunk (commonprefix takes lists, too); [:-1]: a branch keeps its EOT
     P = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     # short rows cost less attention, long ones repeat fewer trunks: the rule is a compromise that
@@ -385,15 +386,17 @@ def token_ids(text):
 
 def check_names(classnames):
     """Class names as a list; warns of equal ones, which a unified context cannot tell apart."""
-    names = list(classnames)
+    names = [] if isinstance(classnames, (str, dict, set, frozenset)) else list(classnames)
     # bytes of an unknown coding, in a folder's name, are surrogates in Python
     odd = [name for name in names if not isinstance(name, str)
            or re.search("[\ud800-\udfff]", name) or not token_ids(name)]
-    if isinstance(classnames, (str, dict, set, frozenset)) or not names or odd:
+    if odd or not names:
         raise ValueError(f"class names are a list of texts; found {odd or classnames!r:.99}")
     names = [str(name) for name in names]  # `load` would refuse NumPy's strings
-    ids = [token_ids(name) for name in names]
-    if same := [name for name, own in zip(names, ids) if ids.count(own) > 1]:
+    groups = {}  # token ids -> the names that have them
+    for name in names:
+        groups.setdefault(tuple(token_ids(name)), []).append(name)
+    if same := [group for group in groups.values() if len(group) > 1]:
         warnings.warn(f"classes of the same name cannot be told apart: {same}", stacklevel=3)
     return names
 
@@ -417,7 +420,7 @@ def zero_shot_weights(model, classnames, templates):
     names = check_names(classnames)
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates or not all("{}" in template for template in templates):
-        raise ValueError(f"every template has {{}} for the class name, not {str(templates)[:99]}")
+        raise ValueError(f"templates hold {{}} for the class name, not {str(templates)[:99]}")
     total = 0
     for template in templates:
         prompts = []
@@ -465,7 +468,7 @@ def linear_probe(train, train_labels, val, val_labels):
 # ---------------------------------------- CLIP, frozen
 
 DATA = Path(__file__).resolve().with_name("data")
-# of your own weights, ROOT/clip, and data sets
+# your own weights (ROOT/clip) and data sets (ROOT/<name>)
 ROOT = Path(os.environ.get("MINI_COOP_ROOT") or DATA).expanduser()
 
 
@@ -475,7 +478,7 @@ def load_clip(name="mini", device=None):
     name: "mini" (ours, which knows icons), the path of a state dict in OpenAI's layout, or a name
     of `clip.available_models()`: OpenAI's, downloaded once to ~/.cache/clip or, where
     MINI_COOP_ROOT is set, to its folder clip. device: None takes CUDA where there is one.
-    RuntimeError says that OpenAI's file is not there.
+    Raises RuntimeError where OpenAI's file is missing or damaged and cannot be downloaded.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name in clip.available_models():  # a TorchScript archive, opened if its SHA-256 is right
@@ -489,7 +492,7 @@ def load_clip(name="mini", device=None):
     else:
         path = DATA / "mini_clip.pt" if name == "mini" else Path(name).expanduser()
         if not path.is_file():
-            raise ValueError(f"no CLIP called {name!r}: neither 'mini', nor one of "
+            raise ValueError(f"no CLIP called {str(name)!r}: neither 'mini', nor one of "
                              f"{', '.join(clip.available_models())}, nor a file")
         state = read_tensors(path)
         if not {"visual.proj", "visual.attnpool.k_proj.weight"} & set(state):
@@ -510,6 +513,8 @@ def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values: no code from a file is run."""
     try:
         return dict(torch.load(path, "cpu", weights_only=True))
+    except OSError:
+        raise  # no such file
     except Exception as error:  # torch's own message advises switching the protection off
         raise ValueError(f"cannot read {path} as a dict of plain tensors: {type(error).__name__}. "
                          "(OpenAI's archives are opened by name, such as 'RN50'.)") from None
@@ -552,7 +557,7 @@ def open_image(source):
         opaque = image.getextrema()[3] == (255, 255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if not opaque and image.convert("RGB").getextrema() == ((255, 255),) * 3:
-            raise ValueError("on white nothing is left to see: give it a background")
+            raise ValueError("transparent, on white nothing is left: give it a background")
     return image.convert("RGB")
 
 

@@ -197,7 +197,8 @@ def run_all(todo, model, encode, data, file, args):
 
 
 def introduce(model, data, args):
-    """Prints the prompts of a data set, and how CLIP reads the names; refuses wrong options."""
+    """Prints the prompts of a data set, and how CLIP reads the names; refuses wrong options, and
+    sets args.n_ctx where words do."""
     if not data.train.images or not data.test.images:
         raise ValueError(f"{data.name} needs training and test images")
     print(f"\n{data.name}: {len(data.classnames)} classes, prompts such as")
@@ -209,11 +210,17 @@ def introduce(model, data, args):
         print("the built-in CLIP knows icons only: for photographs add --model RN50")
     if not data.val.images:
         print("no validation images: no linear probe, which chooses its C on them")
-    # wrong options are refused here, before any image is encoded
+    # wrong options are refused here, before any image is encoded; TEMPLATES[3] is the longest
     coop = mini_coop.CoOp(model, data.classnames, args.n_ctx, class_position=args.class_position,
                           ctx_init=args.ctx_init)
-    args.n_ctx = coop.n_ctx  # words set it
-    mini_coop.zero_shot_weights(model, data.classnames, [data.template, TEMPLATES[-1]])
+    args.n_ctx = coop.n_ctx
+    mini_coop.zero_shot_weights(model, data.classnames, [data.template, TEMPLATES[3]])
+
+
+def note(args):
+    """What the paper does otherwise, in one line."""
+    here = f"one of {args.views} crops" if args.views > 1 else "the image as it is"
+    return f"  (the paper: a new random crop in every epoch; here {here})"
 
 
 def show_dataset(data, lines, folder, args):
@@ -225,7 +232,7 @@ def show_dataset(data, lines, folder, args):
     if theirs and (theirs.template, theirs.chance) != (results.template, results.chance):
         theirs = None  # not the paper's data set
     report.over_shots({data.name: results}).savefig(folder / "figure.png", dpi=120)
-    print("\n" + report.tables(data.name, results, theirs))
+    print("\n" + report.tables(data.name, results, theirs, note(args)))
     print(f"\nSaved in {folder}: results.jsonl, figure.png, contexts")
     return results, theirs
 
@@ -258,7 +265,7 @@ def run_job(args):
         file = args.out / f"{label}_{'+'.join(names)[:99]}.png"
         report.over_shots(panels).savefig(file, dpi=120)
         theirs = report.average(papers) if all(papers) else None
-        print("\n" + report.tables(title, panels[title], theirs))
+        print("\n" + report.tables(title, panels[title], theirs, note(args)))
         print(f"\nThe figure of all: {file}")
 
 

@@ -56,7 +56,7 @@ def read_lines(file):
             line["method"], line["accuracy"]["test"]
             lines.append(line)
         except (KeyError, TypeError, ValueError):  # a job was killed while it wrote
-            warnings.warn(f"{file}: a line is cut off or no result, and is skipped: {text[:30]}")
+            warnings.warn(f"{file}: a line is cut off or no result, and is skipped: {text[-30:]}")
     return lines
 
 
@@ -134,9 +134,9 @@ def rows_beside(name, results, theirs, cells, widths=(23, 11)):
     return rows
 
 
-def tables(name, results, theirs=None):
+def tables(name, results, theirs=None, note=""):
     """The tables of a data set as text, within 80 columns up to five numbers of shots. theirs: the
-    paper's Results."""
+    paper's Results; note: what differs there."""
     zero_shot = [line for line in results.lines if line["method"] == "zero-shot"]
     rows = {line.get("template", OWN): line["accuracy"]["test"] for line in zero_shot}
     rows["untrained unified context"] = mean(results.accuracies("untrained"))
@@ -145,7 +145,7 @@ def tables(name, results, theirs=None):
     lines = [f"{name}: zero-shot, accuracy in %"]
     lines += [format_row(row, [f"{value:.1f}"], 42, 7) for row, value in rows.items()]
     lines += ["", f"{name}: few-shot, mean ± standard deviation over seeds"]
-    lines += ["  (the paper: a new random crop of each image in every epoch)"] if theirs else []
+    lines += [note] if theirs else []
     shots = results.shots()
     lines.append(format_row("shots", shots))
     for method in results.methods():

@@ -62,7 +62,9 @@ def with_peak(run, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        return run(), (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        result = run()
+        torch.cuda.synchronize(device)
+        return result, (torch.cuda.max_memory_allocated(device) - before) / 1e6
     if sys.platform != "linux":
         return run(), float("nan")
     ctypes.CDLL("libc.so.6").malloc_trim(0)

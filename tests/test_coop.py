@@ -345,6 +345,8 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
     for model in (mini[0], other):
         with pytest.raises(ValueError, match="another CLIP"):
             CoOp.load(tmp_path / "ctx.pt", model)
+    with pytest.raises(FileNotFoundError):
+        CoOp.load(tmp_path / "gone.pt", tiny[0])
     torch.save({"epoch": 3}, tmp_path / "program.pt")
     with pytest.raises(ValueError, match="not written by CoOp.save"):
         CoOp.load(tmp_path / "program.pt", tiny[0])
@@ -353,7 +355,7 @@ def test_load_refuses_what_it_cannot_serve(tiny, mini, tmp_path):
 # ---------------------------------------------------------------- what would pass silently
 
 @pytest.mark.parametrize("names, options, message", [
-    ("cat", {}, "list of texts"),
+    ("light bulb", {}, "found 'light bulb'"),
     ({"cat", "dog"}, {}, "list of texts"),
     (["cat", None], {}, "list of texts"),
     (["cat"], {}, "two classes"),
@@ -374,7 +376,7 @@ def test_wrong_names_and_options(tiny, names, options, message):
 
 
 def test_no_template_at_all(tiny):
-    with pytest.raises(ValueError, match=r"every template has {} .* not \[\]"):
+    with pytest.raises(ValueError, match=r"templates hold {} .* not \[\]"):
         zero_shot_weights(tiny[0], FOUR, [])
 
 

@@ -1,4 +1,4 @@
-"""Data sets, few-shot samples, images and their features; what the built-in CLIP knows."""
+"""Data sets, few-shot samples, images and their features."""
 import copy
 import json
 import random
@@ -250,7 +250,7 @@ def test_white_on_transparent_ground_is_refused(tmp_path, alpha):
     image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     image.paste((255, 255, 255, alpha), (2, 2, 6, 6))
     image.save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="on white nothing is left to see: give it a background"):
+    with pytest.raises(ValueError, match="on white nothing is left: give it a background"):
         open_image(tmp_path / "a.png")
     assert open_image(Image.new("RGB", (8, 8), "white")).getpixel((0, 0)) == (255, 255, 255)
 

@@ -57,12 +57,13 @@ def fits():
 
 def test_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = run("~/runs".replace("~", "."), "--shots", 2, 1, 2, "--seeds", 2, 1, 1,
+    lines = run("runs", "--shots", 2, 1, 2, "--seeds", 2, 1, 1,
                 "--class-specific", "both")
     out = capsys.readouterr().out
     assert set(trained(lines)) == {(method, shots, seed) for method in report.METHODS
                                    for shots in (1, 2) for seed in (1, 2)}
     assert all(0 <= line["accuracy"]["test"] <= 100 for line in lines)
+    assert {"model", "weights", "images", "data", "device", "torch"} <= lines[0].keys()
     templates = [line["template"] for line in lines if line["method"] == "zero-shot"]
     assert templates == ["{} style.", *grid.TEMPLATES]
     assert sum(line["method"] == "untrained" for line in lines) == 5
@@ -194,8 +195,11 @@ def test_a_line_is_not_run_again_and_whatever_differs_is_another_line(tmp_path, 
     more = run(tmp_path, *command, "--seeds", 3)
     assert more[:len(first)] == first and [len(call.args[1]) for call in fits[4:]] == [8, 16]
     # a variant needs no other --out, and the first command still finds its own lines
-    varied = run(tmp_path, *command, "--epochs", 0, "--class-position", "front")
+    varied = run(tmp_path, *command, "--epochs", 0, "--class-position", "front", "--ctx-init",
+                 "a drawing")
     assert varied[:len(more)] == more and len(fits) == 10
+    changed = {"epochs": 0, "class_position": "front", "ctx_init": "a drawing", "n_ctx": 2}
+    assert {key: varied[-1][key] for key in changed} == changed
     capsys.readouterr()
     run(tmp_path, *command)
     assert "20 of 20 runs are in" in capsys.readouterr().out and len(fits) == 10
@@ -250,7 +254,7 @@ def test_jobs_side_by_side_and_a_killed_one(tmp_path):
     ("--views 0", "--views begins at 1, not 0"),
     ("--epochs -1", "--epochs begins at 0, not -1"),
     ("--n-ctx 90", "a prompt of 95 tokens, but CLIP reads 77"),
-    ("--template icon", "every template has {} for the class name, not ['icon"),
+    ("--template icon", "templates hold {} for the class name, not ['icon"),
     ("--ctx-init {}", "no place for a name"),
     ("--dataset styles ./data/styles", "two data sets of one name"),
     ("--device gpu", "gpu"),
@@ -320,9 +324,9 @@ def results_like(n_ctx, ctx_init, shots=(1, 16), epochs=None, position="end"):
 
 
 def test_the_papers_numbers_stand_beside_the_same_setting_only():
-    text = report.tables("imagenet", *results_like(16, None))
+    text = report.tables("imagenet", *results_like(16, None), note="  (views)")
     assert re.search(r"CoOp unified +50.0 ± 0.0 +50.0 ± 0.0\n +the paper +57.1 +63.0", text)
-    assert re.search(r"the paper, its template +58.2\n", text) and "\n  (the paper: a new" in text
+    assert re.search(r"the paper, its template +58.2\n", text) and "\n  (views)\n" in text
     assert re.search(r"imagenet_a +20.0 .*\n +the paper +21.6 +12.7 +22.1", text)  # Table 1
     text = report.tables("imagenet", *results_like(4, "a photo of a"))
     assert "63.0" not in text and re.search(r"imagenet_a .*\n +the paper +21.6 +12.7 +23.1", text)

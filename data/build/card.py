@@ -28,8 +28,9 @@ END = "<!-- end of results -->\n"
 
 
 def collect(runs):
-    """runs/mini_<task>/results.jsonl of all tasks -> ../results.jsonl, without the contexts'
-    files; only if they were made by one torch on one kind of device, and none is missing."""
+    """runs/mini_<task>/results.jsonl of all tasks -> ../results.jsonl, without the contexts' files
+    and the untrained contexts of variants, which nothing shows; only if they were made by one torch
+    on one kind of device, and none is missing."""
     lines = []
     for task in TASKS + SHIFTED:
         lines += report.read_lines(runs / f"mini_{task}/results.jsonl")
@@ -39,6 +40,8 @@ def collect(runs):
         missing = {(method, n) for method in report.METHODS for n in SHOTS} - there
         if missing or len(made) > 1:
             sys.exit(f"{task} lacks {missing}, or there are several of {made}")
+    lines = [line for line in lines if line["method"] != "untrained"
+             or all(line.get(key, value) == value for key, value in report.RECIPE.items())]
     text = "".join(json.dumps({k: v for k, v in line.items() if k != "file"}) + "\n"
                    for line in lines)
     (DATA / "results.jsonl").write_text(text)

@@ -1,7 +1,5 @@
-"""The pure-Python parts of the recipe: names, styles, near-duplicates, splits.
-
-Nothing here draws, trains or reads the network; `tests/test_build.py` covers this file.
-"""
+"""The parts of the recipe that need no drawing: names, styles, near-duplicates, splits.
+`tests/test_build.py` covers them."""
 import csv
 import random
 import re
@@ -14,7 +12,7 @@ HERE = Path(__file__).parent
 # A trailing word of an icon's name that tells the style of the drawing, not what is drawn.
 STYLE_WORDS = {"outline": "outline", "line": "outline", "linear": "outline", "broken": "outline",
                "fill": "solid", "filled": "solid", "solid": "solid", "bold": "bold",
-               "thin": "thin", "light": "thin", "duotone": "two-tone", "sharp": ""}
+               "thin": "thin", "light": "thin", "duotone": "two-tone", "sharp": ""}  # "": none
 BRANDS = """
     logo logos brand brands social facebook twitter google microsoft amazon instagram youtube
     github gitlab linkedin whatsapp tiktok android slack discord spotify paypal visa mastercard

@@ -49,19 +49,19 @@ def load_set(work, prefix):
     return icons, brands
 
 
-def svg(icon, color="#000"):
-    """One icon's SVG document in a square box with our margin; `color` replaces currentColor."""
+def svg(icon):
+    """One icon's SVG document, black where it has no colour, in a square box with our margin."""
     side = max(icon["width"], icon["height"]) * (1 + 2 * MARGIN)
     left = icon["left"] - (side - icon["width"]) / 2
     top = icon["top"] - (side - icon["height"]) / 2
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="64" height="64" viewBox="{left} {top} {side} {side}" color="{color}">'
+        f'width="64" height="64" viewBox="{left} {top} {side} {side}" color="#000">'
         f'{icon["body"]}</svg>'
     )
 
 
-def draw(work, documents, background="#fff"):
+def draw(work, documents):
     """SVG documents -> (N, 64, 64, 3) uint8; one that cannot be drawn comes back all zero."""
     pictures = np.zeros((len(documents), 64, 64, 3), np.uint8)
     command = ["node", str(HERE / "render.mjs")]
@@ -69,7 +69,7 @@ def draw(work, documents, background="#fff"):
     while done < len(documents):
         with tempfile.TemporaryFile("w+") as lines:
             for document in documents[done:]:
-                lines.write(json.dumps({"svg": document, "background": background}) + "\n")
+                lines.write(json.dumps({"svg": document, "background": "#fff"}) + "\n")
             lines.seek(0)
             out = subprocess.run(command, cwd=work, stdin=lines, capture_output=True).stdout
         # whole pictures only: the renderer may have stopped within one

@@ -1,5 +1,5 @@
-"""Writes the lessons, `python cut.py`: each is the whole lesson beside this file without its
-answers. Refuses where one has answers of its own."""
+"""`python cut.py` writes the lessons: the whole ones beside this file, without their answers. It
+stops at a lesson that somebody has filled in."""
 import copy
 import re
 import sys
@@ -71,4 +71,4 @@ def main(check):
 
 
 if __name__ == "__main__":
-    print("written:", ", ".join(main(check=False)) or "nothing new")
+    print("written:", ", ".join(main(check=False)) or "none, all are as they should be")
